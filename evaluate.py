@@ -1,0 +1,309 @@
+"""Evaluates a run: one joint confusion matrix over all labelled pixels, seen and unseen classes together.
+
+    python evaluate.py                      # the newest run under runs/
+    python evaluate.py --run runs/toy
+    torchrun --nproc-per-node 4 evaluate.py --run runs/voc
+
+Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as TF
+
+import clip
+import data
+import model as models
+from losses import world_size
+
+CHUNK = 16  # classes upsampled at a time: memory does not grow with the number of classes
+ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def windows(size, window, stride):
+    """Starts of the windows that cover `size` pixels; the last one is pushed back inside."""
+    if size <= window:
+        return [0]
+    return [*range(0, size - window, stride), size - window]
+
+
+@torch.inference_mode()
+def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None):
+    """uint8 image (3, H, W) -> {γ: int64 label map (H, W)}, argmax over all classes of logit − γ·[class is seen].
+
+    seen    bool (K,), the classes that γ lowers (γ in logits)
+    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default."""
+    H, W = out_size or image.shape[1:]
+    image = image.float()[None] / 255
+    if short_side:
+        factor = short_side / min(image.shape[2:])
+        size = [round(side * factor) for side in image.shape[2:]]
+        image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+    h, w = image.shape[2:]
+    tiles = []  # (top, left, height, width, logits at the dense grid)
+    for top in windows(h, window, stride):
+        for left in windows(w, window, stride):
+            tile = image[:, :, top:top + window, left:left + window]
+            tiles.append((top, left, *tile.shape[2:], model.logits(tile)))
+    best = {gamma: (torch.full((H, W), -torch.inf, device=image.device),
+                    torch.zeros(H, W, dtype=torch.long, device=image.device)) for gamma in gammas}
+    for first in range(0, len(seen), CHUNK):
+        part = slice(first, first + CHUNK)
+        if len(tiles) == 1:
+            scores = F.interpolate(tiles[0][4][:, part].float(), (h, w), mode="bilinear", align_corners=False)
+        else:
+            scores = torch.zeros(1, len(seen[part]), h, w, device=image.device)
+            count = torch.zeros(h, w, device=image.device)
+            for top, left, th, tw, logits in tiles:
+                logits = F.interpolate(logits[:, part].float(), (th, tw), mode="bilinear", align_corners=False)
+                scores[:, :, top:top + th, left:left + tw] += logits
+                count[top:top + th, left:left + tw] += 1
+            scores /= count
+        if (h, w) != (H, W):
+            scores = F.interpolate(scores, (H, W), mode="bilinear", align_corners=False)
+        for gamma, (top_score, label) in best.items():
+            score, k = (scores[0] - gamma * seen[part, None, None]).max(0)
+            better = score > top_score
+            top_score[better], label[better] = score[better], k[better] + first
+    return {gamma: label for gamma, (_, label) in best.items()}
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def confusion(truth, prediction, classes):
+    """Label maps -> int64 (K, K), rows truth, columns prediction; IGNORE in the truth is left out."""
+    valid = truth != data.IGNORE
+    index = truth[valid].long() * classes + prediction[valid].long()
+    return torch.bincount(index, minlength=classes ** 2).reshape(classes, classes)
+
+
+def metrics(matrix, classes, unseen):
+    """Joint confusion matrix -> {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU": {class: value}}, in percent.
+
+    IoU of a class that is in neither truth nor prediction is None and left out of the means. hIoU = 2SU / (S + U);
+    without unseen classes mIoU_unseen and hIoU are None."""
+    matrix = matrix.double()
+    hit = matrix.diag()
+    union = matrix.sum(0) + matrix.sum(1) - hit
+    iou = [100 * (h / u).item() if u > 0 else None for h, u in zip(hit, union)]
+
+    def mean(indexes):
+        values = [iou[k] for k in indexes if iou[k] is not None]
+        return sum(values) / len(values) if values else None
+
+    S, U = mean([k for k in range(len(classes)) if k not in unseen]), mean(sorted(unseen))
+    harmonic = None if S is None or U is None else 2 * S * U / (S + U) if S + U else 0.0
+    accuracy = 100 * (hit.sum() / matrix.sum()).item() if matrix.sum() else None
+    return {"pAcc": accuracy, "mIoU_seen": S, "mIoU_unseen": U, "hIoU": harmonic, "IoU": dict(zip(classes, iou))}
+
+
+@torch.inference_mode()
+def calibrate(model, source, device, images=100, loss=0.01):
+    """γ from the training images' seen labels alone: at most `loss` of the rightly labelled pixels turn unseen.
+
+    OURS. γ is that quantile of (best seen logit − best unseen logit), at the dense grid, classes set to all K.
+    No unseen label and no test image is looked at."""
+    if not source.unseen:
+        return 0.0
+    seen = torch.tensor(source.seen, device=device)
+    unseen = torch.tensor(sorted(source.unseen), device=device)
+    table, margins = source.table(training=False), []
+    was_training = model.training
+    model.eval()
+    step = max(len(source.train) // images, 1)
+    for name, image, mask in source.train[::step][:images]:
+        labels = data.read_mask(mask, table, len(source.classes))
+        image = data.read_image(image).as_subclass(torch.Tensor)
+        if min(image.shape[1:]) > source.recipe.window:
+            factor = source.recipe.window / min(image.shape[1:])
+            image = TF.resize(image, [round(side * factor) for side in image.shape[1:]])
+        logits = model.logits(image[None].to(device).float() / 255)[0]  # (K, h, w)
+        truth = F.interpolate(labels.as_subclass(torch.Tensor)[None, None].float(), logits.shape[1:], mode="nearest-exact")[0, 0]
+        top, k = logits[seen].max(0)
+        margin = top - logits[unseen].max(0).values
+        margins.append(margin[seen[k] == truth.to(device)].cpu())
+    model.train(was_training)
+    margins = torch.cat(margins)
+    return margins.clamp(min=0).kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
+
+
+def evaluate(model, source, device, gamma, save=None):
+    """Scores `model` on the source's val images; with several processes each takes its part, without repeats.
+
+    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}; `save` gets every (name, label map)."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    K, recipe = len(source.classes), source.recipe
+    loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None, num_workers=0 if device.type == "cpu" else 4)
+    seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
+    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys((0.0, gamma))}
+    was_training = model.training
+    model.eval()
+    for image, truth, name in loader:
+        maps = predict(model, image.to(device), seen, tuple(matrices), recipe.short_side, recipe.window, recipe.stride)
+        for g, prediction in maps.items():
+            matrices[g] += confusion(truth.to(device), prediction, K)
+        if save:
+            save(name, maps[0.0])
+    model.train(was_training)
+    if world_size() > 1:
+        for matrix in matrices.values():
+            dist.all_reduce(matrix)
+    score = {g: metrics(matrix, source.classes, source.unseen) for g, matrix in matrices.items()}
+    return {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
+
+
+# ---------------------------------------------------------------- what people see
+
+
+def table(result, source):
+    """The result as text: a line a class, then the four figures, γ = 0 beside the calibrated column."""
+    plain, calibrated = result["gamma_0"], result["calibrated"]
+    number = lambda value: f"{value:6.1f}" if value is not None else "     –"  # noqa: E731
+    width = max(len(name) for name in source.classes) + 2
+    lines = [f"{'IoU, %':<{width}}  γ = 0   γ = {calibrated['gamma']:.2f}"]
+    for k, name in enumerate(source.classes):
+        mark = "*" if k in source.unseen else " "
+        lines.append(f"{name + ' ' + mark:<{width}} {number(plain['IoU'][name])}   {number(calibrated['IoU'][name])}")
+    lines.append("-" * (width + 20))
+    for key, name in (("pAcc", "pAcc"), ("mIoU_seen", "mIoU seen"), ("mIoU_unseen", "mIoU unseen"), ("hIoU", "hIoU")):
+        lines.append(f"{name:<{width}} {number(plain[key])}   {number(calibrated[key])}")
+    if source.unseen:
+        lines.append(f"* unseen in training.  {result['images']} images; γ is taken off the seen classes' logits")
+    return "\n".join(lines)
+
+
+def preview(model, source, device, path, images=6):
+    """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
+    colours = torch.tensor(data.palette()[1:] + [(255, 255, 255)], dtype=torch.uint8)
+    K, recipe, table_ = len(source.classes), source.recipe, source.table(training=False)
+    seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
+    rows, shown = [], set()
+    side = 192
+    model.eval()
+    for name, image, mask in source.val[:images]:
+        image = data.read_image(image).as_subclass(torch.Tensor)
+        truth = data.read_mask(mask, table_, K).as_subclass(torch.Tensor)
+        prediction = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)[0.0].cpu()
+        shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
+        tiles = [image, colours[truth.long()].permute(2, 0, 1), colours[prediction].permute(2, 0, 1)]
+        height = round(side * image.shape[1] / image.shape[2])
+        rows.append(torch.cat([TF.resize(t, [height, side], interpolation=TF.InterpolationMode.NEAREST) for t in tiles], 2))
+    canvas = TF.to_pil_image(torch.cat(rows, 1))
+    shown = sorted(k for k in shown if k < K)
+    columns = 3
+    line = 16
+    sheet = Image.new("RGB", (canvas.width, 20 + canvas.height + line * -(-len(shown) // columns) + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, title in enumerate(("image", "truth", "prediction")):
+        pen.text((i * side + 4, 4), title, fill="black")
+    sheet.paste(canvas, (0, 20))
+    for i, k in enumerate(shown):
+        x, y = i % columns * side + 4, 20 + canvas.height + 6 + i // columns * line
+        pen.rectangle((x, y, x + 10, y + 10), fill=tuple(colours[k].tolist()))
+        pen.text((x + 16, y - 1), source.classes[k][:24] + (" *" if k in source.unseen else ""), fill="black")
+    atomic(path, lambda partial: sheet.save(partial, "PNG"))
+
+
+def atomic(path, write):
+    """Calls write(temporary path beside `path`), then renames: readers see the old file or the whole new one."""
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def one_line(error):
+    """The message alone; an error from a loader process carries its traceback, its last line is the message."""
+    return str(error).strip().split("\n")[-1].split("Error: ", 1)[-1]
+
+
+# ---------------------------------------------------------------- command
+
+
+def read_checkpoint(path):
+    """last.pt of train.py -> dict of plain values and tensors; nothing in the file is run. Raises ModelError."""
+    if not Path(path).is_file():
+        raise models.ModelError(f"no checkpoint {path}: train one with python train.py")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["config"], saved["model"], saved["gamma"], saved["step"]
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:100]
+        raise models.ModelError(f"{path} is no checkpoint of train.py, or is damaged "
+                                f"({type(error).__name__}: {reason})") from None
+    return saved
+
+
+def load_run(checkpoint, device):
+    """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError."""
+    saved = read_checkpoint(checkpoint)
+    config = saved["config"]
+    clip_model = clip.load(config["clip"])
+    keys = ("body", "head", "frozen_blocks", "attention", "positional", "tau")
+    model = models.build(clip_model, body_weights="none", **{key: config[key] for key in keys})
+    del clip_model.visual  # what the head needs of it, it has copied
+    model.load_trained_state(saved["model"])
+    return model.to(device).eval(), config, saved["gamma"]
+
+
+def newest_run(root="runs"):
+    found = sorted(Path(root).glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise models.ModelError(f"no run under {root}/: train one with python train.py, or name --checkpoint FILE")
+    return found[-1]
+
+
+def main(args):
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if args.device != "cpu" and torch.cuda.is_available() else "gloo")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else newest_run())
+    model, config, gamma = load_run(checkpoint, device)
+    name = args.dataset or config["dataset"]
+    source = data.open_dataset(name, args.data_root or (None if args.dataset else config["data_root"]))
+    model.set_classes(source.classes, source.templates)
+    gamma = args.gamma if args.gamma is not None else gamma
+    if gamma is None or args.dataset:  # an unfinished run, or other classes
+        gamma = calibrate(model, source, device)
+    result = evaluate(model, source, device, gamma)
+    result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
+    if world_size() == 1 or dist.get_rank() == 0:
+        out = args.out_dir or checkpoint.parent
+        out.mkdir(parents=True, exist_ok=True)
+        atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+        preview(model, source, device, out / "preview.png")
+        print(table(result, source))
+        print(f"wrote {out}/metrics.json and preview.png")
+    return result
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder (default: the newest under runs/)")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint instead of a run's last.pt")
+    parser.add_argument("--dataset", help="another data set than the run's own")
+    parser.add_argument("--data-root", help="where it lies")
+    parser.add_argument("--gamma", type=float, help="calibration in logits (default: the run's own, from seen labels)")
+    parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except ERRORS as error:
+        sys.exit(f"error: {one_line(error)}")

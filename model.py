@@ -1,0 +1,188 @@
+"""The segmenter: a trainable body, a head into CLIP's joint space, and frozen text embeddings as the classifier.
+
+    images (B, 3, H, W) in [0, 1] -> body (B, C, h, w) -> head z (B, D, h, w); logits = z · t / τ
+
+Any body whose forward maps normalised images to (B, C, h, w), with `out_channels` = C, will do.
+Symbols: B images, C body channels, D joint width, K classes, h×w the dense grid.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import clip
+from clip_head import CSH, LinearHead
+from losses import TAU, pixel_text_logits
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RANDOM_HEAD_SEED = 0  # the random-weights control is not saved: it is drawn again from this seed
+
+
+class ModelError(ValueError):
+    """A body, head or checkpoint that cannot be used; the message says what to do."""
+
+
+# ---------------------------------------------------------------- bodies
+
+
+def norm(channels):
+    """GroupNorm of 8 groups: no batch statistics, so one image a batch and any number of processes are the same."""
+    return nn.GroupNorm(8, channels)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels), nn.GELU(),
+                                    nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels))
+
+    def forward(self, x):
+        return F.gelu(x + self.layers(x))
+
+
+class SmallBody(nn.Module):
+    """Body of the embedded default: strides 4 and 8, fused at stride 4. 0.8 M parameters, no pretraining (OURS)."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.out_channels = 2 * width
+        self.stem = nn.Sequential(nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False), norm(width // 2),
+                                  nn.GELU(), nn.Conv2d(width // 2, width, 3, stride=2, padding=1, bias=False),
+                                  norm(width), nn.GELU(), Residual(width))  # stride 4
+        self.deep = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False), norm(2 * width),
+                                  nn.GELU(), Residual(2 * width), Residual(2 * width))  # stride 8
+        self.fuse = nn.Sequential(nn.Conv2d(3 * width, 2 * width, 1, bias=False), norm(2 * width), nn.GELU())
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, 128, ⌈H/4⌉, ⌈W/4⌉)"""
+        fine = self.stem(x)
+        coarse = F.interpolate(self.deep(fine), fine.shape[-2:], mode="bilinear", align_corners=False)
+        return self.fuse(torch.cat([fine, coarse], dim=1))
+
+
+TORCHVISION = {  # --body: (constructor, its ImageNet weights, nodes at strides 4, 8, 16, 32)
+    "resnet50": (models.resnet50, models.ResNet50_Weights.DEFAULT, ("layer1", "layer2", "layer3", "layer4")),
+    "resnet101": (models.resnet101, models.ResNet101_Weights.DEFAULT, ("layer1", "layer2", "layer3", "layer4")),
+    "mobilenet-v2": (models.mobilenet_v2, models.MobileNet_V2_Weights.DEFAULT,
+                     ("features.3", "features.6", "features.13", "features.18")),
+}
+BODIES = ("small", *TORCHVISION)
+
+
+class TorchvisionBody(nn.Module):
+    """A torchvision backbone's four stages, fused at stride 8 by a light decoder (SegFormer's MLP decoder, OURS).
+
+    weights: "default" (torchvision's ImageNet weights, downloaded once), "none", or a file in torchvision's format."""
+
+    def __init__(self, name, weights="default", width=256):
+        super().__init__()
+        constructor, enum, nodes = TORCHVISION[name]
+        network = constructor(weights=None)
+        if weights != "none":
+            network.load_state_dict(self._read(name, enum, weights))
+        self.backbone = create_feature_extractor(network, {node: str(i) for i, node in enumerate(nodes)})
+        with torch.no_grad():
+            self.backbone.eval()
+            channels = [f.shape[1] for f in self.backbone(torch.zeros(1, 3, 64, 64)).values()]
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.fuse = nn.Sequential(nn.Conv2d(4 * width, width, 1, bias=False), norm(width), nn.GELU())
+        self.out_channels = width
+
+    @staticmethod
+    def _read(name, enum, weights):
+        file = torch.hub.get_dir() + "/checkpoints/" + enum.url.rsplit("/", 1)[1]
+        try:
+            if weights == "default":
+                return enum.get_state_dict(check_hash=True, map_location="cpu")
+            return torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:100]
+            raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {reason}): put {enum.url} at "
+                             f"{file}, or give --body-weights FILE or none") from None
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, 256, ⌈H/8⌉, ⌈W/8⌉)"""
+        stages = [lateral(f) for lateral, f in zip(self.lateral, self.backbone(x).values())]
+        size = stages[1].shape[-2:]  # stride 8
+        return self.fuse(torch.cat([F.interpolate(s, size, mode="bilinear", align_corners=False) for s in stages], 1))
+
+
+# ---------------------------------------------------------------- segmenter
+
+
+def text_embeddings(encode_text, names, templates):
+    """Class names -> t (K, D), unit length. Each template's embedding is normalised, their mean normalised again.
+
+    Synonyms in a name are separated by commas; they are averaged like templates (METHOD's protocol)."""
+    rows = []
+    for name in names:
+        texts = [template.format(word.strip()) for word in name.split(",") for template in templates]
+        rows.append(F.normalize(encode_text(clip.tokenize(texts)).float(), dim=-1).mean(0))
+    return F.normalize(torch.stack(rows), dim=-1)
+
+
+class ChimeraSeg(nn.Module):
+    """body + head + text embeddings `t` (K, D), a buffer that `set_classes` fills and may refill at any time."""
+
+    def __init__(self, body, head, encode_text, tau=TAU):
+        super().__init__()
+        self.body, self.head, self.tau = body, head, tau
+        self.encode_text = encode_text  # a bound method, so CLIP is no submodule: not trained, not saved, not moved
+        self.register_buffer("t", torch.empty(0), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def set_classes(self, names, templates):
+        """The classes that `logits` tells apart from now on: K names, each put into every template."""
+        self.t = text_embeddings(self.encode_text, names, templates).to(self.mean.device)
+
+    def forward(self, images):
+        """(B, 3, H, W) in [0, 1] -> dense features z (B, D, h, w), unit length over D."""
+        return self.head(self.body((images - self.mean) / self.std))
+
+    def logits(self, images):
+        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ."""
+        return pixel_text_logits(self(images), self.t, self.tau)
+
+    def trained_state(self):
+        """State dict without the frozen tensors: CLIP's part of the head comes from CLIP's own file."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
+
+    def load_trained_state(self, state):
+        wanted = self.trained_state()
+        if differ := sorted(wanted.keys() ^ state.keys()):
+            raise ModelError(f"the checkpoint is of another body or head: {len(differ)} tensors differ, first {differ[0]}")
+        for name, tensor in state.items():
+            if tensor.shape != wanted[name].shape:
+                raise ModelError(f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's is "
+                                 f"{tuple(wanted[name].shape)}")
+        self.load_state_dict(state, strict=False)
+
+
+def build(clip_model, body="small", body_weights="default", head="csh", frozen_blocks=1, attention="qk",
+          positional=False, tau=TAU):
+    """The segmenter from plain values. head: csh, linear (no CLIP in it) or random (CSH with random frozen weights).
+
+    `clip_model` is only read: the head copies its part, and the rest of the image tower may then be dropped."""
+    visual = clip_model.visual
+    if body == "small":
+        body = SmallBody()
+    elif body in TORCHVISION:
+        body = TorchvisionBody(body, body_weights)
+    else:
+        raise ModelError(f"no body {body!r}: choose one of {', '.join(BODIES)}")
+    if head == "linear":
+        head = LinearHead(visual.width, visual.output_dim, body.out_channels)
+    elif head in ("csh", "random"):
+        if head == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(RANDOM_HEAD_SEED)
+                visual = clip.VisionTransformer(visual.input_size, visual.patch_size, visual.width,
+                                                len(visual.transformer.resblocks), visual.output_dim)
+        head = CSH(visual, body.out_channels, frozen_blocks, attention, positional)
+    else:
+        raise ModelError(f"no head {head!r}: choose csh, linear or random")
+    return ChimeraSeg(body, head, clip_model.encode_text, tau)

@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+import clip
+
+TINY = dict(embed_dim=128, image_resolution=64, vision_layers=4, vision_width=96, vision_patch_size=8,
+            context_length=77, vocab_size=49408, transformer_width=64, transformer_layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_file(tmp_path_factory):
+    """A CLIP of random weights in OpenAI's state-dict format."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
+    torch.save({k: v.half() for k, v in clip.CLIP(**TINY).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def tiny_clip(tiny_clip_file):
+    return clip.load(tiny_clip_file)

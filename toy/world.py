@@ -1,0 +1,134 @@
+"""The embedded default's world: scenes of coloured shapes on textured grounds, with names that compose.
+
+25 things (colour × shape) and 6 stuff classes (tone × pattern); 5 things and 1 stuff class are unseen, chosen so
+that each of their words is known from other classes: "red" and "ring" are seen, "red ring" is not.
+Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
+
+    python -m toy.world            # writes data/toy (train.py does it by itself)
+"""
+import argparse
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.70, 0.20), "blue": (0.15, 0.30, 0.90),
+           "yellow": (0.90, 0.85, 0.15), "purple": (0.60, 0.20, 0.75)}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+TONES = {"light": 0.72, "dark": 0.28}
+PATTERNS = ("stripes", "dots", "checks")
+TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
+
+THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+STUFF = [f"{tone} {pattern}" for tone in TONES for pattern in PATTERNS]
+CLASSES = THINGS + STUFF
+SIZE = 64  # pixels a side
+TRAIN, VAL = 4000, 500  # scenes
+
+
+def unseen(seed=0):
+    """One thing of every colour and every shape, and one stuff class; another seed, another assignment."""
+    rng = np.random.RandomState(seed)
+    shapes = rng.permutation(len(SHAPES))
+    things = [f"{colour} {SHAPES[s]}" for colour, s in zip(COLOURS, shapes)]
+    return things + [STUFF[rng.randint(len(STUFF))]]
+
+
+def _inside(shape, u, v):
+    """Which points (u, v), in units of the object's radius, lie inside the shape."""
+    if shape == "circle":
+        return u * u + v * v < 0.9
+    if shape == "square":
+        return np.maximum(abs(u), abs(v)) < 0.85
+    if shape == "triangle":
+        return np.maximum(v, abs(u) * math.sqrt(0.75) - v / 2) < 0.55
+    if shape == "cross":
+        return (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)
+    return (u * u + v * v < 1) & (u * u + v * v > 0.3)  # ring
+
+
+def _ground(rng, tone, pattern, x, y):
+    """Grey texture: two near shades in stripes, dots or checks, at a random angle and period."""
+    angle, period = rng.uniform(0, math.pi), rng.uniform(5, 9)
+    u = (x * math.cos(angle) + y * math.sin(angle)) / period
+    v = (y * math.cos(angle) - x * math.sin(angle)) / period
+    if pattern == "stripes":
+        high = u % 1 < 0.5
+    elif pattern == "dots":
+        high = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.09
+    else:
+        high = (u % 1 < 0.5) ^ (v % 1 < 0.5)
+    grey = TONES[tone] + rng.uniform(-0.08, 0.08) + np.where(high, 0.09, -0.09)
+    return grey[..., None] + rng.uniform(-0.03, 0.03, 3)
+
+
+def draw(rng, max_things=4):
+    """One scene -> image uint8 (SIZE, SIZE, 3), mask uint8 (SIZE, SIZE) of indexes into CLASSES, class names in it.
+
+    Painted back to front at twice the size and averaged, so edges are smooth; later things hide earlier ones."""
+    y, x = (np.mgrid[:2 * SIZE, :2 * SIZE] + 0.5) / 2
+    names = [STUFF[rng.randint(len(STUFF))]]
+    image = _ground(rng, *names[0].split(), x, y)
+    mask = np.full(x.shape, CLASSES.index(names[0]), np.uint8)
+    if rng.rand() < 0.5:  # a second ground behind a straight edge
+        names.append(STUFF[rng.randint(len(STUFF))])
+        angle = rng.uniform(0, 2 * math.pi)
+        side = (x - SIZE / 2) * math.cos(angle) + (y - SIZE / 2) * math.sin(angle) > rng.uniform(-SIZE / 4, SIZE / 4)
+        image[side] = _ground(rng, *names[1].split(), x, y)[side]
+        mask[side] = CLASSES.index(names[1])
+    for _ in range(rng.randint(1, max_things + 1)):
+        names.append(THINGS[rng.randint(len(THINGS))])
+        colour, shape = names[-1].split()
+        radius, angle = rng.uniform(8, 18), rng.uniform(0, 2 * math.pi)
+        cx, cy = rng.uniform(6, SIZE - 6), rng.uniform(6, SIZE - 6)
+        paint = np.array(COLOURS[colour]) + rng.uniform(-0.1, 0.1, 3)
+        reach = radius * 1.2  # only the box that can hold the object: a cross reaches 1.05 radii, a triangle 1.1
+        box = (slice(max(int(2 * (cy - reach)), 0), int(2 * (cy + reach)) + 1),
+               slice(max(int(2 * (cx - reach)), 0), int(2 * (cx + reach)) + 1))
+        dx, dy = x[box] - cx, y[box] - cy
+        u = (dx * math.cos(angle) + dy * math.sin(angle)) / radius
+        v = (dy * math.cos(angle) - dx * math.sin(angle)) / radius
+        inside = _inside(shape, u, v)
+        image[box][inside] = (paint * (1 + 0.2 * u[..., None]))[inside]  # lit from one side
+        mask[box][inside] = CLASSES.index(names[-1])
+    image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4 * rng.uniform(0.75, 1.2)
+    image = image * 255 + rng.randint(-20, 21, image.shape)  # sensor noise
+    visible = set(np.unique(mask[::2, ::2]))
+    names = list(dict.fromkeys(n for n in names if CLASSES.index(n) in visible))
+    return image.clip(0, 255).astype(np.uint8), mask[::2, ::2].copy(), names
+
+
+def write(root, seed=0, train=TRAIN, val=VAL):
+    """Writes the world under `root` in the layout of one's own data (see data.py); the whole folder or nothing."""
+    from data import save_mask
+    root = Path(root)
+    partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    (partial / "masks").mkdir()
+    rng = np.random.RandomState(seed)
+    for split, count in (("train", train), ("val", val)):
+        names = [f"{split}_{i:05d}" for i in range(count)]
+        for name in names:
+            image, mask, _ = draw(rng)
+            Image.fromarray(image).save(partial / "images" / f"{name}.png", compress_level=1)
+            save_mask(mask, partial / "masks" / f"{name}.png")
+        (partial / f"{split}.txt").write_text("\n".join(names) + "\n")
+    (partial / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    (partial / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
+    try:
+        partial.rename(root)
+    except OSError:  # another process was first: its world is the same
+        shutil.rmtree(partial)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="write the embedded default's world")
+    parser.add_argument("--root", default="data/toy")
+    parser.add_argument("--seed", type=int, default=0, help="another seed: other scenes, other unseen classes")
+    args = parser.parse_args()
+    write(args.root, args.seed)
+    print(f"wrote {args.root}: {TRAIN} + {VAL} scenes, {len(CLASSES)} classes, unseen: {', '.join(unseen(args.seed))}")
