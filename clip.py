@@ -67,7 +67,8 @@ class Tokenizer:
         self.id = {s: i for i, s in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.split = regex.compile(
-            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE)
         self.encode_word = lru_cache(65536)(self._encode_word)
 
     def _encode_word(self, word):
@@ -196,10 +197,12 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, input_size, patch_size, width, layers, output_dim):
         super().__init__()
-        self.input_size, self.patch_size, self.width, self.output_dim = input_size, patch_size, width, output_dim
+        self.input_size, self.patch_size = input_size, patch_size
+        self.width, self.output_dim = width, output_dim
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        self.positional_embedding = nn.Parameter(torch.randn((input_size // patch_size) ** 2 + 1, width) * width ** -0.5)
+        patches = (input_size // patch_size) ** 2
+        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width) * width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads=max(width // HEAD_WIDTH, 1))
         self.ln_post = nn.LayerNorm(width)
@@ -210,10 +213,10 @@ class VisionTransformer(nn.Module):
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS first."""
         x = self.conv1((images - self.mean) / self.std)  # (B, W, h, w)
-        h, w = x.shape[-2:]
+        positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, W)
         cls = self.class_embedding + self.positional_embedding[0]
-        x = torch.cat([cls.expand(len(x), 1, -1), x + resize_positions(self.positional_embedding, h, w)], dim=1)  # (B, 1+N, W)
+        x = torch.cat([cls.expand(len(x), 1, -1), x + positions], dim=1)  # (B, 1+N, W)
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x) @ self.proj
 
@@ -296,7 +299,7 @@ def _download(name):
         try:  # writes beside the target, checks the hash, renames: an interrupted download leaves nothing
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
         except (OSError, RuntimeError) as error:
-            raise CLIPError(f"could not download {url} ({error}): fetch it by other means and put it at {path}") from None
+            raise CLIPError(f"could not download {url} ({error}): fetch it elsewhere and put it at {path}") from None
     if file_sha256(path) != sha256:
         raise CLIPError(f"{path} is not OpenAI's {name} (its sha256 differs): delete it, it is fetched again")
     return path

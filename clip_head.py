@@ -11,7 +11,7 @@ import copy
 import torch.nn as nn
 import torch.nn.functional as F
 
-from clip import resize_positions
+from clip import CLIPError, resize_positions
 
 # OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to the stream;
 # with unit-scale tokens those outputs outweigh what the body said. README, "What we tried", has the figures.
@@ -46,7 +46,7 @@ class CSH(nn.Module):
         super().__init__()
         depth = len(visual.transformer.resblocks)
         if not 0 <= frozen_blocks <= depth:
-            raise ValueError(f"frozen blocks: {frozen_blocks} asked for, this CLIP has 0 to {depth}")
+            raise CLIPError(f"{frozen_blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
         self.attention, self.positional = attention, positional
         self.adapter = Adapter(in_channels, visual.width, gain)
         self.clip = Tail(visual, frozen_blocks, positional).requires_grad_(False)
@@ -85,7 +85,7 @@ class Tail(nn.Module):
 class LinearHead(nn.Module):
     """Control without CLIP: the same adapter (`norm=False` leaves its LayerNorm out), then a trained W -> D."""
 
-    def __init__(self, width, output_dim, in_channels, norm=True, gain=TOKEN_GAIN):
+    def __init__(self, in_channels, width, output_dim, norm=True, gain=TOKEN_GAIN):
         super().__init__()
         self.adapter = Adapter(in_channels, width, gain)
         if not norm:

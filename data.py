@@ -98,7 +98,8 @@ def open_dataset(name, root=None):
 
 def open_folder(root, name, templates, recipe):
     if not root.is_dir():
-        raise DataError(f"no folder {root}: give toy, or a folder with images/, masks/, train.txt, val.txt, classes.txt")
+        raise DataError(f"no folder {root}: give toy, or a folder that holds images/, masks/, train.txt, val.txt and "
+                        "classes.txt")
     classes = read_lines(root / "classes.txt")
     if len(classes) > INVALID or len(set(classes)) < len(classes):
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, {len(set(classes))} different ones: "
@@ -119,7 +120,7 @@ def read_lines(path):
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} ({error.__class__.__name__}): expected a text file, a name a line") from None
+        raise DataError(f"cannot read {path} ({type(error).__name__}): expected text, a name a line") from None
     return [line for line in lines if line]
 
 
@@ -249,7 +250,9 @@ class ValSet(Dataset):
     """Whole images with all classes: uint8 image (3, H, W), labels (H, W), name. `part` = (rank, ranks): no repeats."""
 
     def __init__(self, source, part=(0, 1)):
-        self.files, self.table, self.classes = source.val[part[0]::part[1]], source.table(training=False), len(source.classes)
+        rank, ranks = part
+        self.files, self.classes = source.val[rank::ranks], len(source.classes)
+        self.table = source.table(training=False)
 
     def __len__(self):
         return len(self.files)

@@ -2,7 +2,7 @@
 
     python evaluate.py                      # the newest run under runs/
     python evaluate.py --run runs/toy
-    torchrun --nproc-per-node 4 evaluate.py --run runs/voc
+    torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun takes --run for its own
 
 Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
 """
@@ -123,14 +123,15 @@ def calibrate(model, source, device, images=100, loss=0.01):
     was_training = model.training
     model.eval()
     step = max(len(source.train) // images, 1)
-    for name, image, mask in source.train[::step][:images]:
+    for _, image, mask in source.train[::step][:images]:
         labels = data.read_mask(mask, table, len(source.classes))
         image = data.read_image(image).as_subclass(torch.Tensor)
         if min(image.shape[1:]) > source.recipe.window:
             factor = source.recipe.window / min(image.shape[1:])
             image = TF.resize(image, [round(side * factor) for side in image.shape[1:]])
         logits = model.logits(image[None].to(device).float() / 255)[0]  # (K, h, w)
-        truth = F.interpolate(labels.as_subclass(torch.Tensor)[None, None].float(), logits.shape[1:], mode="nearest-exact")[0, 0]
+        labels = labels.as_subclass(torch.Tensor)[None, None].float()
+        truth = F.interpolate(labels, logits.shape[1:], mode="nearest-exact")[0, 0]
         top, k = logits[seen].max(0)
         margin = top - logits[unseen].max(0).values
         margins.append(margin[seen[k] == truth.to(device)].cpu())
@@ -145,7 +146,8 @@ def evaluate(model, source, device, gamma, save=None):
     Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}; `save` gets every (name, label map)."""
     rank = dist.get_rank() if world_size() > 1 else 0
     K, recipe = len(source.classes), source.recipe
-    loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None, num_workers=0 if device.type == "cpu" else 4)
+    loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None,
+                        num_workers=0 if device.type == "cpu" else 4)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
     matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys((0.0, gamma))}
     was_training = model.training
@@ -187,23 +189,23 @@ def table(result, source):
 def preview(model, source, device, path, images=6):
     """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
     colours = torch.tensor(data.palette()[1:] + [(255, 255, 255)], dtype=torch.uint8)
-    K, recipe, table_ = len(source.classes), source.recipe, source.table(training=False)
+    K, recipe, values = len(source.classes), source.recipe, source.table(training=False)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    rows, shown = [], set()
-    side = 192
+    rows, shown, side = [], set(), 192
     model.eval()
-    for name, image, mask in source.val[:images]:
+    for _, image, mask in source.val[:images]:
         image = data.read_image(image).as_subclass(torch.Tensor)
-        truth = data.read_mask(mask, table_, K).as_subclass(torch.Tensor)
-        prediction = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)[0.0].cpu()
+        truth = data.read_mask(mask, values, K).as_subclass(torch.Tensor)
+        maps = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)
+        prediction = maps[0.0].cpu()
         shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
         tiles = [image, colours[truth.long()].permute(2, 0, 1), colours[prediction].permute(2, 0, 1)]
         height = round(side * image.shape[1] / image.shape[2])
-        rows.append(torch.cat([TF.resize(t, [height, side], interpolation=TF.InterpolationMode.NEAREST) for t in tiles], 2))
-    canvas = TF.to_pil_image(torch.cat(rows, 1))
+        tiles = [TF.resize(tile, [height, side], TF.InterpolationMode.NEAREST) for tile in tiles]
+        rows.append(torch.cat(tiles, dim=2))
+    canvas = TF.to_pil_image(torch.cat(rows, dim=1))
     shown = sorted(k for k in shown if k < K)
-    columns = 3
-    line = 16
+    columns, line = 3, 16
     sheet = Image.new("RGB", (canvas.width, 20 + canvas.height + line * -(-len(shown) // columns) + 8), "white")
     pen = ImageDraw.Draw(sheet)
     for i, title in enumerate(("image", "truth", "prediction")):
@@ -221,11 +223,6 @@ def atomic(path, write):
     partial = Path(path).with_name(f".{Path(path).name}.partial")
     write(partial)
     os.replace(partial, path)
-
-
-def one_line(error):
-    """The message alone; an error from a loader process carries its traceback, its last line is the message."""
-    return str(error).strip().split("\n")[-1].split("Error: ", 1)[-1]
 
 
 # ---------------------------------------------------------------- command
@@ -250,8 +247,7 @@ def load_run(checkpoint, device):
     saved = read_checkpoint(checkpoint)
     config = saved["config"]
     clip_model = clip.load(config["clip"])
-    keys = ("body", "head", "frozen_blocks", "attention", "positional", "tau")
-    model = models.build(clip_model, body_weights="none", **{key: config[key] for key in keys})
+    model = models.build(clip_model, **{**config, "body_weights": "none"})
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])
     return model.to(device).eval(), config, saved["gamma"]
@@ -264,29 +260,51 @@ def newest_run(root="runs"):
     return found[-1]
 
 
-def main(args):
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if args.device != "cpu" and torch.cuda.is_available() else "gloo")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def pick_device(name=None):
+    """cpu, or this process's GPU."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def report(result, model, source, device, out):
+    """Writes metrics.json and preview.png into `out`, prints the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    preview(model, source, device, out / "preview.png")
+    print(table(result, source))
+    print(f"wrote {out}/metrics.json and preview.png", flush=True)
+
+
+def run_command(main, parse):
+    """Runs main(parse()); what the user can mend ends in one line instead of a traceback."""
+    args = parse()
+    try:
+        main(args)
+    except ERRORS as error:  # from a loader process the message comes behind its traceback, as the last line
+        sys.exit("error: " + str(error).strip().split("\n")[-1].split("Error: ", 1)[-1])
+
+
+def main(args):
+    device = pick_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else newest_run())
     model, config, gamma = load_run(checkpoint, device)
-    name = args.dataset or config["dataset"]
-    source = data.open_dataset(name, args.data_root or (None if args.dataset else config["data_root"]))
+    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or
+                               (None if args.dataset else config["data_root"]))
     model.set_classes(source.classes, source.templates)
-    gamma = args.gamma if args.gamma is not None else gamma
-    if gamma is None or args.dataset:  # an unfinished run, or other classes
+    if args.gamma is not None:
+        gamma = args.gamma
+    elif gamma is None or args.dataset:  # an unfinished run, or other classes
         gamma = calibrate(model, source, device)
     result = evaluate(model, source, device, gamma)
     result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
     if world_size() == 1 or dist.get_rank() == 0:
-        out = args.out_dir or checkpoint.parent
-        out.mkdir(parents=True, exist_ok=True)
-        atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-        preview(model, source, device, out / "preview.png")
-        print(table(result, source))
-        print(f"wrote {out}/metrics.json and preview.png")
+        report(result, model, source, device, args.out_dir or checkpoint.parent)
     return result
 
 
@@ -303,7 +321,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except ERRORS as error:
-        sys.exit(f"error: {one_line(error)}")
+    run_command(main, parse)

@@ -154,7 +154,8 @@ class ChimeraSeg(nn.Module):
     def load_trained_state(self, state):
         wanted = self.trained_state()
         if differ := sorted(wanted.keys() ^ state.keys()):
-            raise ModelError(f"the checkpoint is of another body or head: {len(differ)} tensors differ, first {differ[0]}")
+            raise ModelError(f"the checkpoint is of another body or head: {len(differ)} tensors differ, such as "
+                             f"{differ[0]}")
         for name, tensor in state.items():
             if tensor.shape != wanted[name].shape:
                 raise ModelError(f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's is "
@@ -162,11 +163,12 @@ class ChimeraSeg(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def build(clip_model, body="small", body_weights="default", head="csh", frozen_blocks=1, attention="qk",
-          positional=False, tau=TAU):
-    """The segmenter from plain values. head: csh, linear (no CLIP in it) or random (CSH with random frozen weights).
+def build(clip_model, *, body="small", body_weights="default", head="csh", frozen_blocks=1, attention="qk",
+          positional=False, temperature=TAU, **_):
+    """The segmenter from plain values; other keys are passed over, so that a run's whole config may be given.
 
-    `clip_model` is only read: the head copies its part, and the rest of the image tower may then be dropped."""
+    head: csh, linear (no CLIP in it) or random (CSH with random frozen weights). `clip_model` is only read: the head
+    copies its part, and the image tower may then be dropped. Raises ModelError, CLIPError."""
     visual = clip_model.visual
     if body == "small":
         body = SmallBody()
@@ -174,15 +176,15 @@ def build(clip_model, body="small", body_weights="default", head="csh", frozen_b
         body = TorchvisionBody(body, body_weights)
     else:
         raise ModelError(f"no body {body!r}: choose one of {', '.join(BODIES)}")
+    if head == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_HEAD_SEED)
+            visual = clip.VisionTransformer(visual.input_size, visual.patch_size, visual.width,
+                                            len(visual.transformer.resblocks), visual.output_dim)
     if head == "linear":
-        head = LinearHead(visual.width, visual.output_dim, body.out_channels)
+        head = LinearHead(body.out_channels, visual.width, visual.output_dim)
     elif head in ("csh", "random"):
-        if head == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(RANDOM_HEAD_SEED)
-                visual = clip.VisionTransformer(visual.input_size, visual.patch_size, visual.width,
-                                                len(visual.transformer.resblocks), visual.output_dim)
         head = CSH(visual, body.out_channels, frozen_blocks, attention, positional)
     else:
         raise ModelError(f"no head {head!r}: choose csh, linear or random")
-    return ChimeraSeg(body, head, clip_model.encode_text, tau)
+    return ChimeraSeg(body, head, clip_model.encode_text, temperature)
