@@ -85,8 +85,11 @@ def main(args):
     images, names = Scenes(args.scenes, args.seed).all(args.workers)
     print(f"{len(images)} scenes drawn in {time.time() - start:.0f} s", flush=True)
 
-    model = clip.CLIP(**CONFIG)
-    model.visual.positional_embedding.data[1:] = sincos(8, CONFIG["vision_width"])  # learns shapes much sooner
+    if args.init:
+        model = clip.load(args.init).requires_grad_(True)
+    else:
+        model = clip.CLIP(**CONFIG)
+        model.visual.positional_embedding.data[1:] = sincos(8, CONFIG["vision_width"])  # learns shapes much sooner
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
@@ -124,8 +127,9 @@ def main(args):
 
     images, names = Scenes(2 * args.test_scenes, args.seed + 1).all(args.workers)
     score = zero_shot(clip.load(args.out), images[::2], names[::2])  # every second scene holds one thing
-    record = {"command": f"python -m toy.pretrain --steps {args.steps} --batch-size {args.batch_size} "
-                         f"--scenes {args.scenes} --seed {args.seed}", "torch": torch.__version__,
+    command = (f"python -m toy.pretrain --steps {args.steps} --batch-size {args.batch_size} --scenes {args.scenes} "
+               f"--seed {args.seed}" + (f" --init {args.init}" if args.init else ""))
+    record = {"command": command, "torch": torch.__version__, "threads": torch.get_num_threads(),
               "seconds": round(time.time() - start), "test_scenes": args.test_scenes, "zero_shot_top1": score,
               "final_loss": round(loss.item(), 3), "sha256": clip.file_sha256(args.out)}
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -139,6 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=30000, help="training scenes")
+    parser.add_argument("--init", type=Path, help="go on from this file instead of random weights")
     parser.add_argument("--test-scenes", type=int, default=1000, help="scenes of one thing, from another seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw scenes")

@@ -82,8 +82,8 @@ def draw(rng, max_things=4):
     for _ in range(rng.randint(1, max_things + 1)):
         names.append(THINGS[rng.randint(len(THINGS))])
         colour, shape = names[-1].split()
-        radius, angle = rng.uniform(8, 18), rng.uniform(0, 2 * math.pi)
-        cx, cy = rng.uniform(6, SIZE - 6), rng.uniform(6, SIZE - 6)
+        radius, angle = rng.uniform(9, 18), rng.uniform(0, 2 * math.pi)
+        cx, cy = rng.uniform(0.8 * radius, SIZE - 0.8 * radius, 2)
         paint = np.array(COLOURS[colour]) + rng.uniform(-0.1, 0.1, 3)
         reach = radius * 1.2  # only the box that can hold the object: a cross reaches 1.05 radii, a triangle 1.1
         box = (slice(max(int(2 * (cy - reach)), 0), int(2 * (cy + reach)) + 1),
