@@ -54,7 +54,8 @@ def test_openai_model_as_state_dict_and_as_torchscript_archive(name, tmp_path):
     normalised = (images - torch.tensor(clip.IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(clip.IMAGE_STD).view(3, 1, 1)
     tokens = clip.tokenize(TEXTS)
     torch.save(theirs.state_dict(), tmp_path / "plain.pt")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}, "epoch": 3}, tmp_path / "inside.pt")
+    inside = {"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}, "epoch": 3}
+    torch.save(inside, tmp_path / "inside.pt")
     torch.jit.trace(theirs, (normalised, tokens), check_trace=False).save(str(tmp_path / "scripted.pt"))
     want_image, want_text = theirs.encode_image(normalised), theirs.encode_text(tokens)
     for file in ("plain.pt", "inside.pt", "scripted.pt"):
@@ -134,13 +135,14 @@ def many_strings():
     protocol = json.loads((ROOT / "protocol.json").read_text())
     texts = [t.format(c) for p in protocol.values() for c in p["classes"] for t in p["templates"]]
     rng = random.Random(0)
-    pools = [string.printable, "àéîõüçñßøåœæłžšğı", "日本語中文字漢字かなカナ한국어", "😀🐈‍⬛👩‍🚀🏳️‍🌈❤️🇯🇵", "0123456789.,:;-/%$€",
-             "".join(map(chr, range(32))) + "\x7f\x85\u200b\u2028\ufeff", "&amp;&lt;&#39;&nbsp;&eacute;&amp;amp;", "'s't're've'm'll'd'S"]
+    pools = [string.printable, "àéîõüçñßøåœæłžšğı", "日本語中文字漢字かなカナ한국어", "😀🐈‍⬛👩‍🚀🏳️‍🌈❤️🇯🇵",
+             "0123456789.,:;-/%$€", "".join(map(chr, range(32))) + "\x7f\x85\u200b\u2028\ufeff",
+             "&amp;&lt;&#39;&nbsp;&eacute;&amp;amp;", "'s't're've'm'll'd'S"]
     for _ in range(600):
         pool = rng.choice(pools) + rng.choice(pools) + " "
         texts.append("".join(rng.choice(pool) for _ in range(rng.randint(0, 40))))
-    texts += ["", " ", "\n\t", "<|startoftext|> x <|endoftext|>", "A" * 300, "schön " * 200, "ﬁne ½ ² ﬂ", "â€œquotesâ€\x9d"]
-    return texts
+    return texts + ["", " ", "\n\t", "<|startoftext|> x <|endoftext|>", "A" * 300, "schön " * 200, "ﬁne ½ ² ﬂ",
+                    "â€œquotesâ€\x9d"]
 
 
 def test_tokenizer_equals_both_peers():
@@ -184,7 +186,8 @@ def broken_files(folder, good):
     yield write("text.pt", b"hello"), "cannot be read"
     yield write("empty.pt", b""), "cannot be read"
     yield write("list.pt", [1, 2]), "no state dict"
-    yield write("missing.pt", {k: v for k, v in state.items() if k != "visual.proj"}), "lacks 1 of CLIP's tensors.*visual.proj"
+    without = {k: v for k, v in state.items() if k != "visual.proj"}
+    yield write("missing.pt", without), "lacks 1 of CLIP's tensors.*visual.proj"
     yield write("nothing.pt", {"a": torch.zeros(1)}), "not a CLIP in OpenAI's names"
     yield write("extra.pt", {**state, "visual.more": torch.zeros(1)}), "visual.more"
     yield write("shape.pt", {**state, "ln_final.bias": torch.zeros(3)}), r"ln_final.bias has shape \(3,\)"

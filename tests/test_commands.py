@@ -73,7 +73,8 @@ def test_evaluate_gives_the_same_figures_alone_and_on_two_processes(run, root):
     trained = json.loads((run[0] / "metrics.json").read_text())
     for ranks in (0, 2):
         out = root / f"evaluated{ranks}"
-        done = command("evaluate.py", "--checkpoint", run[0] / "last.pt", "--out-dir", out, "--device", "cpu", ranks=ranks)
+        args = ["--checkpoint", run[0] / "last.pt", "--out-dir", out, "--device", "cpu"]
+        done = command("evaluate.py", *args, ranks=ranks)
         assert json.loads((out / "metrics.json").read_text()) == trained
         assert done.stdout.count("mIoU unseen") == 1
 
@@ -105,7 +106,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, root, tiny_clip_file)
 
 
 def test_two_processes_train_like_one(run, root, tiny_clip_file):
-    command("train.py", "--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--out-dir", root / "two", ranks=2)
+    args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT]
+    command("train.py", *args, "--out-dir", root / "two", ranks=2)
     two, one = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (root / "two", run[0]))
     start = json.loads((root / "two/log.jsonl").read_text().splitlines()[0])
     alone = json.loads((run[0] / "log.jsonl").read_text().splitlines()[0])
@@ -119,7 +121,8 @@ def test_two_processes_train_like_one(run, root, tiny_clip_file):
                                   ["--body", "mobilenet-v2", "--body-weights", "none", "--steps", "2"]])
 def test_every_switch_trains_and_evaluates(args, root, tiny_clip_file):
     out = root / "-".join(args).replace("/", "")
-    command("train.py", "--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--steps", "3", "--out-dir", out, *args)
+    base = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--steps", "3", "--out-dir", out]
+    command("train.py", *base, *args)
     command("evaluate.py", "--run", out, "--device", "cpu")
 
 

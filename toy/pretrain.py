@@ -47,12 +47,13 @@ class Scenes(Dataset):
 
 
 def caption(names, rng):
-    """A random part of the scene in words: "a photo of red ring and blue cross on dark dots"."""
+    """A scene in words: "a photo of red ring and blue cross on dark dots", or its things or its grounds alone."""
     things = [n for n in names if n in world.THINGS]
     stuff = [n for n in names if n in world.STUFF]
     things = [things[i] for i in rng.permutation(len(things))]
-    stuff = [stuff[rng.randint(len(stuff))]] if stuff and (not things or rng.rand() < 0.5) else []
-    words = " on ".join(part for part in (" and ".join(things), *stuff) if part)
+    about = rng.rand()  # half speak of the things, a quarter of the grounds, a quarter of both
+    parts = [things] if about < 0.5 else [stuff] if about < 0.75 else [things, stuff]
+    words = " on ".join(" and ".join(part) for part in parts if part) or " and ".join(stuff or things)
     return world.TEMPLATES[rng.randint(len(world.TEMPLATES))].format(words)
 
 
