@@ -5,6 +5,8 @@
 Any body whose forward maps normalised images to (B, C, h, w), with `out_channels` = C, will do.
 Symbols: B images, C body channels, D joint width, K classes, h×w the dense grid.
 """
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import clip
+import segnext
 from clip_head import CSH, LinearHead
 from losses import TAU, pixel_text_logits
 
@@ -61,51 +64,80 @@ class SmallBody(nn.Module):
         return self.fuse(torch.cat([fine, coarse], dim=1))
 
 
+_RESNET, _FEATURES = ("layer1", "layer2", "layer3", "layer4"), ("features.1", "features.3", "features.5", "features.7")
 TORCHVISION = {  # --body: (constructor, its ImageNet weights, nodes at strides 4, 8, 16, 32)
-    "resnet50": (models.resnet50, models.ResNet50_Weights.DEFAULT, ("layer1", "layer2", "layer3", "layer4")),
-    "resnet101": (models.resnet101, models.ResNet101_Weights.DEFAULT, ("layer1", "layer2", "layer3", "layer4")),
+    "resnet50": (models.resnet50, models.ResNet50_Weights.DEFAULT, _RESNET),
+    "resnet101": (models.resnet101, models.ResNet101_Weights.DEFAULT, _RESNET),
+    "convnext-t": (models.convnext_tiny, models.ConvNeXt_Tiny_Weights.DEFAULT, _FEATURES),
+    "convnext-b": (models.convnext_base, models.ConvNeXt_Base_Weights.DEFAULT, _FEATURES),
+    "swin-t": (models.swin_t, models.Swin_T_Weights.DEFAULT, _FEATURES),
+    "swin-b": (models.swin_b, models.Swin_B_Weights.DEFAULT, _FEATURES),
     "mobilenet-v2": (models.mobilenet_v2, models.MobileNet_V2_Weights.DEFAULT,
                      ("features.3", "features.6", "features.13", "features.18")),
 }
-BODIES = ("small", *TORCHVISION)
+SEGNEXT = {f"segnext-{size}": size for size in segnext.SIZES}
+BODIES = ("small", *SEGNEXT, *TORCHVISION)
 
 
 class TorchvisionBody(nn.Module):
-    """A torchvision backbone's four stages, fused at stride 8 by a light decoder (SegFormer's MLP decoder, OURS).
+    """A torchvision backbone's four stages, fused at stride 8 or 16 by a light decoder (SegFormer's MLP head, OURS)."""
 
-    weights: "default" (torchvision's ImageNet weights, downloaded once), "none", or a file in torchvision's format."""
-
-    def __init__(self, name, weights="default", width=256):
+    def __init__(self, name, stride=8, width=256):
         super().__init__()
-        constructor, enum, nodes = TORCHVISION[name]
-        network = constructor(weights=None)
-        if weights != "none":
-            network.load_state_dict(self._read(name, enum, weights))
-        self.backbone = create_feature_extractor(network, {node: str(i) for i, node in enumerate(nodes)})
+        if stride not in (8, 16):
+            raise ModelError(f"no output stride {stride}: choose 8 or 16")
+        constructor, _, nodes = TORCHVISION[name]
+        self.out_channels, self.level = width, (8, 16).index(stride) + 1
+        self.channels_last = name.startswith("swin")  # whose stages are (B, h, w, C)
+        nodes = {node: str(i) for i, node in enumerate(nodes)}
+        self.backbone = create_feature_extractor(constructor(weights=None), nodes)
         with torch.no_grad():
-            self.backbone.eval()
-            channels = [f.shape[1] for f in self.backbone(torch.zeros(1, 3, 64, 64)).values()]
+            channels = [f.shape[1] for f in self.stages(torch.zeros(1, 3, 64, 64))]
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.fuse = nn.Sequential(nn.Conv2d(4 * width, width, 1, bias=False), norm(width), nn.GELU())
-        self.out_channels = width
 
-    @staticmethod
-    def _read(name, enum, weights):
-        file = torch.hub.get_dir() + "/checkpoints/" + enum.url.rsplit("/", 1)[1]
-        try:
-            if weights == "default":
-                return enum.get_state_dict(check_hash=True, map_location="cpu")
-            return torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0][:100]
-            raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {reason}): put {enum.url} at "
-                             f"{file}, or give --body-weights FILE or none") from None
+    def stages(self, x):
+        """(B, 3, H, W) -> four stages (B, C_i, h_i, w_i) at strides 4, 8, 16, 32."""
+        stages = self.backbone(x).values()
+        return [s.permute(0, 3, 1, 2) for s in stages] if self.channels_last else list(stages)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, 256, ⌈H/8⌉, ⌈W/8⌉)"""
-        stages = [lateral(f) for lateral, f in zip(self.lateral, self.backbone(x).values())]
-        size = stages[1].shape[-2:]  # stride 8
+        """(B, 3, H, W) -> (B, 256, ⌈H/stride⌉, ⌈W/stride⌉)"""
+        stages = [lateral(s) for lateral, s in zip(self.lateral, self.stages(x))]
+        size = stages[self.level].shape[-2:]
         return self.fuse(torch.cat([F.interpolate(s, size, mode="bilinear", align_corners=False) for s in stages], 1))
+
+
+def build_body(name, weights="default", stride=None):
+    """A name of BODIES -> the body. weights: "default" (ImageNet's, downloaded once), "none", or a file.
+
+    The file is in the publisher's own format: torchvision's, or MSCAN's for SegNeXt. Raises ModelError."""
+    if name not in BODIES:
+        raise ModelError(f"no body {name!r}: choose one of {', '.join(BODIES)}")
+    if stride and name not in TORCHVISION:
+        raise ModelError(f"the output stride of {name} is fixed: leave --stride away")
+    if name == "small":
+        return SmallBody()
+    body = segnext.SegNeXt(SEGNEXT[name]) if name in SEGNEXT else TorchvisionBody(name, stride or 8)
+    if weights == "none":
+        return body
+    url = segnext.WEIGHTS[SEGNEXT[name]][0] if name in SEGNEXT else TORCHVISION[name][1].url
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    try:
+        if weights == "default":
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        if name in SEGNEXT:
+            segnext.load_mscan(body, state)
+        else:  # strictly, and into the whole network: the stages share its tensors' names
+            TORCHVISION[name][0](weights=None).load_state_dict(state)
+            body.backbone.load_state_dict({key: state[key] for key in body.backbone.state_dict()})
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {reason}): put {url} at {file}, or "
+                         "give --body-weights FILE or none") from None
+    return body
 
 
 # ---------------------------------------------------------------- segmenter
@@ -163,19 +195,14 @@ class ChimeraSeg(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def build(clip_model, *, body="small", body_weights="default", head="csh", frozen_blocks=1, attention="qk",
-          positional=False, temperature=TAU, **_):
+def build(clip_model, *, body="small", body_weights="default", stride=None, head="csh", frozen_blocks=1,
+          attention="qk", positional=False, temperature=TAU, **_):
     """The segmenter from plain values; other keys are passed over, so that a run's whole config may be given.
 
     head: csh, linear (no CLIP in it) or random (CSH with random frozen weights). `clip_model` is only read: the head
     copies its part, and the image tower may then be dropped. Raises ModelError, CLIPError."""
     visual = clip_model.visual
-    if body == "small":
-        body = SmallBody()
-    elif body in TORCHVISION:
-        body = TorchvisionBody(body, body_weights)
-    else:
-        raise ModelError(f"no body {body!r}: choose one of {', '.join(BODIES)}")
+    body = build_body(body, body_weights, stride)
     if head == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_HEAD_SEED)

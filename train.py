@@ -95,6 +95,7 @@ def main(args):
     model.train()
     start = time.time()
     for step, (images, labels) in enumerate(loader, first_step):
+        torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # a body that draws does so alike when resumed
         for group, full in zip(optimizer.param_groups, full_lr):
             group["lr"] = full * warmup_poly(step, args.steps, recipe.warmup)
         images = images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W)
@@ -222,6 +223,7 @@ def parse(argv=None):
     group = parser.add_argument_group("model").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file; {recipe}")
     group("--body", choices=models.BODIES, help=recipe)
+    group("--stride", type=int, choices=(8, 16), help="output stride of a torchvision body (default: 8)")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
     group("--head", choices=("csh", "linear", "random"), default="csh",
           help="csh; controls: linear (no CLIP in it), random (CSH's shape, random frozen weights)")

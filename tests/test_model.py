@@ -119,6 +119,8 @@ def test_bodies(name, tiny_clip):
     z = model(torch.rand(1, 3, 64, 96))  # one image a batch
     stride = 4 if name == "small" else 8
     assert z.shape == (1, 128, 64 // stride, 96 // stride)
+    if name == "mobilenet-v2":
+        assert models.build_body(name, "none", stride=16)(torch.rand(1, 3, 64, 96)).shape == (1, 256, 4, 6)
     z[:, 0].sum().backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
@@ -129,11 +131,11 @@ def test_torchvision_weights_load_from_a_file_or_say_why(tmp_path, tiny_clip):
     torch.manual_seed(0)
     network = mobilenet_v2()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    body = models.TorchvisionBody("mobilenet-v2", tmp_path / "w.pth").eval()
+    body = models.build_body("mobilenet-v2", tmp_path / "w.pth").eval()
     images = torch.rand(1, 3, 64, 64)
-    assert torch.allclose(body.backbone(images)["3"], network.eval().features(images))
+    assert torch.allclose(body.stages(images)[3], network.eval().features(images))
     (tmp_path / "bad.pth").write_bytes(b"no")
     with pytest.raises(models.ModelError, match="put https://.*mobilenet_v2.*pth at .*--body-weights"):
-        models.TorchvisionBody("mobilenet-v2", tmp_path / "bad.pth")
+        models.build_body("mobilenet-v2", tmp_path / "bad.pth")
     with pytest.raises(models.ModelError, match="choose one of small"):
         models.build(tiny_clip, body="vgg")

@@ -47,7 +47,7 @@ class Scenes(Dataset):
 
 
 def caption(names, rng):
-    """A scene in words: "a photo of red ring and blue cross on dark dots", or its things or its grounds alone."""
+    """A scene in words: "a photo of red ring and blue cross on dark sand", or its things or its grounds alone."""
     things = [n for n in names if n in world.THINGS]
     stuff = [n for n in names if n in world.STUFF]
     things = [things[i] for i in rng.permutation(len(things))]

@@ -1,6 +1,6 @@
 """The embedded default's world: scenes of coloured shapes on textured grounds, with names that compose.
 
-25 things (colour × shape) and 6 stuff classes (tone × pattern); 5 things and 1 stuff class are unseen, chosen so
+25 things (colour × shape) and 6 stuff classes (tone × material); 5 things and 1 stuff class are unseen, chosen so
 that each of their words is known from other classes: "red" and "ring" are seen, "red ring" is not.
 Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
 
@@ -19,11 +19,11 @@ COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.70, 0.20), "blue": (0.15
            "yellow": (0.90, 0.85, 0.15), "purple": (0.60, 0.20, 0.75)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 TONES = {"light": 0.72, "dark": 0.28}
-PATTERNS = ("stripes", "dots", "checks")
+MATERIALS = {"sand": (0.09, 0.02, -0.10), "grass": (-0.07, 0.07, -0.07), "water": (-0.09, 0.00, 0.10)}  # tints
 TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
 
 THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-STUFF = [f"{tone} {pattern}" for tone in TONES for pattern in PATTERNS]
+STUFF = [f"{tone} {material}" for tone in TONES for material in MATERIALS]
 CLASSES = THINGS + STUFF
 SIZE = 64  # pixels a side
 TRAIN, VAL = 4000, 500  # scenes
@@ -50,19 +50,19 @@ def _inside(shape, u, v):
     return (u * u + v * v < 1) & (u * u + v * v > 0.3)  # ring
 
 
-def _ground(rng, tone, pattern, x, y):
-    """Grey texture: two near shades in stripes, dots or checks, at a random angle and period."""
+def _ground(rng, tone, material, x, y):
+    """Tinted texture of two near shades at a random angle and period: dotted sand, striped grass, checked water."""
     angle, period = rng.uniform(0, math.pi), rng.uniform(5, 9)
     u = (x * math.cos(angle) + y * math.sin(angle)) / period
     v = (y * math.cos(angle) - x * math.sin(angle)) / period
-    if pattern == "stripes":
+    if material == "grass":
         high = u % 1 < 0.5
-    elif pattern == "dots":
+    elif material == "sand":
         high = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.09
     else:
         high = (u % 1 < 0.5) ^ (v % 1 < 0.5)
     grey = TONES[tone] + rng.uniform(-0.08, 0.08) + np.where(high, 0.09, -0.09)
-    return grey[..., None] + rng.uniform(-0.03, 0.03, 3)
+    return grey[..., None] + MATERIALS[material] + rng.uniform(-0.03, 0.03, 3)
 
 
 def draw(rng, max_things=4):

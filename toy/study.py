@@ -1,0 +1,111 @@
+"""The controlled comparison on the embedded default: every row trained with several seeds by train.py itself.
+
+    python -m toy.study                     # every row, 3 seeds; finished runs are not run again
+    python -m toy.study --rows full linear  # some rows
+    python -m toy.study --render            # only write results/toy.md from results/toy.jsonl
+
+A finished run is a line of results/toy.jsonl, so the study can be done in several goes and on several machines.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "toy.jsonl"
+
+ROWS = {  # row: (what it is, flags of train.py); every row but the first changes the default in one respect
+    "full": ("the default: CSH, n = 1, SGD and SAM", []),
+    "no-sgd-sam": ("segmentation loss alone", ["--sgd-weight", "0", "--sam-weight", "0"]),
+    "no-sgd": ("without SGD", ["--sgd-weight", "0"]),
+    "no-sam": ("without SAM", ["--sam-weight", "0"]),
+    "linear": ("control: linear projection behind the same adapter and LayerNorm", ["--head", "linear"]),
+    "linear-no-sgd-sam": ("the same control, segmentation loss alone",
+                          ["--head", "linear", "--sgd-weight", "0", "--sam-weight", "0"]),
+    "random": ("control: frozen random weights of CSH's shape", ["--head", "random"]),
+    "n0": ("n = 0: adapter, ln_post and proj only", ["--frozen-blocks", "0"]),
+    "n2": ("n = 2", ["--frozen-blocks", "2"]),
+    "n4": ("n = 4: all blocks of the tiny CLIP", ["--frozen-blocks", "4"]),
+    "all-k": ("k = N throughout: every position distilled", ["--k-schedule", "constant", "--k-end", "1"]),
+    "fixed-k": ("k = N / 10 throughout", ["--k-schedule", "constant", "--k-end", "0.1"]),
+    "no-bank": ("no bank of earlier CLS embeddings", ["--bank", "0"]),
+    "attention-qk": ("attention as CLIP was trained", ["--attention", "qk"]),
+    "attention-vv": ("attention between like values", ["--attention", "vv"]),
+    "attention-self": ("each token attends to itself", ["--attention", "self"]),
+    "positional": ("CLIP's positions added to the tokens", ["--positional"]),
+    "nel": ("focal + dice instead of cross-entropy", ["--seg-loss", "nel"]),
+}
+
+
+def finished():
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def run(row, seed, steps):
+    """One run of train.py in a process of one thread -> its line for results/toy.jsonl."""
+    out = ROOT / "runs" / "study" / f"{row}-{seed}"
+    command = ["train.py", *ROWS[row][1], "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
+    start = time.time()
+    place = ["--out-dir", str(out), "--workers", "0", "--device", "cpu"]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, *command, *place], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    result = json.loads((out / "metrics.json").read_text())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    keep = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")
+    line = {"row": row, "seed": seed, "command": "python " + " ".join(command), "commit": commit.strip(),
+            "seconds": round(time.time() - start), "gamma_0": {k: round(result["gamma_0"][k], 2) for k in keep},
+            "calibrated": {k: round(result["calibrated"][k], 2) for k in (*keep, "gamma")}}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
+def render(lines):
+    """results/toy.jsonl -> results/toy.md: mean ± standard deviation over the seeds of each row."""
+    def cell(runs, part, key):
+        values = [run[part][key] for run in runs]
+        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+    table = ["| row | what | n | seen | unseen | hIoU | hIoU, calibrated | command | commit |", "|---" * 9 + "|"]
+    for row, (what, _) in ROWS.items():
+        if runs := [line for line in lines if line["row"] == row]:
+            command = runs[0]["command"].replace(f" --seed {runs[0]['seed']}", "")
+            commits = ", ".join(sorted({line["commit"] for line in runs}))
+            cells = [cell(runs, "gamma_0", key) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
+            table.append(f"| {row} | {what} | {len(runs)} | " + " | ".join(cells) +
+                         f" | {cell(runs, 'calibrated', 'hIoU')} | `{command}` | {commits} |")
+    text = ("# The embedded default under controls\n\nmIoU in percent, γ = 0 unless it says calibrated; mean ± standard "
+            "deviation over n seeds (`--seed 0 …`). Written by `python -m toy.study`.\n\n" + "\n".join(table) + "\n")
+    (RESULTS.parent / "toy.md").write_text(text)
+
+
+def main(args):
+    RESULTS.parent.mkdir(exist_ok=True)
+    have = {(line["row"], line["seed"]) for line in finished()}
+    todo = [(row, seed) for seed in range(args.seeds) for row in args.rows if (row, seed) not in have]
+    if not args.render:
+        start = time.time()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for done, line in enumerate(pool.map(lambda job: run(*job, args.steps), todo), 1):
+                left = (time.time() - start) / done * (len(todo) - done) / 60
+                print(f"{done}/{len(todo)}  {line['row']:<18} seed {line['seed']}  hIoU {line['gamma_0']['hIoU']:5.1f}  "
+                      f"{left:.0f} min left", flush=True)
+    render(finished())
+    print(f"wrote {RESULTS.parent / 'toy.md'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="shorter runs, to try things (default: the recipe's)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--render", action="store_true", help="only render what is there")
+    main(parser.parse_args())
