@@ -1,18 +1,26 @@
 """Data: the folder layout of one's own data, the field's benchmarks, splits, transforms and palettes.
 
+    python data.py --dataset voc --download             # fetches VOC 2012, and says what is still missing
+    python data.py --dataset voc --data-root data/voc   # opens a data set: its counts, or what is wrong with it
+
+Own data:
     root/images/NAME.jpg|png    root/masks/NAME.png (index into classes.txt, 255 = void)
     root/train.txt  root/val.txt (a NAME a line)    root/classes.txt  root/unseen.txt (class names a line)
+The benchmarks are read where their authors' archives unpack (TREES below): nothing is converted, nothing written.
 
 Masks pass through one look-up table: raw value -> class index, and in the training view raw value -> index among the
 SEEN classes, everything else 255. An unseen label cannot reach the training loss.
 Images leave as uint8 (3, H, W), labels as uint8 (H, W).
 """
+import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torchvision
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
@@ -25,7 +33,24 @@ HERE = Path(__file__).parent
 IGNORE, INVALID = 255, 254  # INVALID marks mask values that the class list does not know
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
-TEMPLATES_15 = tuple(json.loads((HERE / "protocol.json").read_text())["coco-stuff"]["templates"])
+PROTOCOL = json.loads((HERE / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
+CONTEXT_SPLITS = {"zs3": "unseen_zs3_lineage", "cascade-clip": "unseen_cascade_clip"}  # two are in print
+TREES = {  # a folder that the archives may make inside the root, then what is read
+    "voc": ("VOCdevkit/VOC2012", {
+        "JPEGImages": "17,125 .jpg of VOC 2012",
+        "SegmentationClass": "2,913 .png of VOC 2012, palette as it comes: the test masks",
+        "SegmentationClassAug": "12,031 .png of VOC and SBD together: all that val.txt does not name are for training",
+        "ImageSets/Segmentation/val.txt": "1,449 names"}),
+    "coco-stuff": ("images", {
+        "train2017": "118,287 .jpg", "val2017": "5,000 .jpg",
+        "stuffthingmaps/train2017": "118,287 .png of stuffthingmaps_trainval2017.zip, as they come",
+        "stuffthingmaps/val2017": "5,000 .png of the same"}),
+    "context": ("VOCdevkit/VOC2010", {
+        "JPEGImages": ".jpg of VOC 2010",
+        "SegmentationClassContext": ".png as mmsegmentation's pascal_context.py writes them: 0 rest, 1 to 59 classes",
+        "ImageSets/SegmentationContext/train.txt": "4,998 names, by the same script",
+        "ImageSets/SegmentationContext/val.txt": "5,105 names, by the same script"})}
+COUNTS = {"voc": (10582, 1449), "coco-stuff": (118287, 5000), "context": (4998, 5105)}  # training, test
 
 
 class DataError(ValueError):
@@ -65,7 +90,8 @@ class DataSource:
     val: list = field(repr=False)
     templates: tuple
     recipe: Recipe
-    void: tuple = (255,)
+    void: tuple = (255,)  # raw mask values without a class: no loss, not scored
+    expected: tuple = ()  # numbers of training and test images, where they are known
 
     @property
     def seen(self):
@@ -84,8 +110,13 @@ class DataSource:
 # ---------------------------------------------------------------- data sets
 
 
-def open_dataset(name, root=None):
-    """toy, or the path of a folder in the layout above -> DataSource. Raises DataError."""
+def open_dataset(name, root=None, split=None):
+    """toy, voc, coco-stuff, context, or the path of a folder in the layout above -> DataSource. Raises DataError.
+
+    root    by default data/NAME
+    split   context only: zs3 (default; ZS3Net's ten unseen classes) or cascade-clip (Cascade-CLIP's)"""
+    if split and name != "context":
+        raise DataError(f"--split {split} is for --dataset context; {name} has one split")
     if name == "toy":
         root = Path(root or "data/toy")
         if not root.exists():
@@ -93,7 +124,59 @@ def open_dataset(name, root=None):
             root.parent.mkdir(parents=True, exist_ok=True)
             world.write(root)
         return open_folder(root, "toy", world.TEMPLATES, TOY)
-    return open_folder(Path(root or name), str(name), TEMPLATES_15, FOLDER)
+    if name in TREES:
+        return open_benchmark(name, Path(root or f"data/{name}"), split or "zs3")
+    return open_folder(Path(root or name), str(name), tuple(PROTOCOL["coco-stuff"]["templates"]), FOLDER)
+
+
+def open_benchmark(name, root, split="zs3"):
+    inside, tree = TREES[name]
+    top = root if name == "coco-stuff" or not (root / inside).is_dir() else root / inside
+    where = {part: top / inside / part if name == "coco-stuff" and not (top / part).exists() else top / part
+             for part in tree}
+    if missing := [part for part in tree if not where[part].exists()]:
+        lines = "\n".join(f"    {part:<{max(map(len, tree))}}  {what}" for part, what in tree.items())
+        also = "; the images may lie one folder down, in images/" if name == "coco-stuff" else f" or {root / inside}"
+        hint = ": python data.py --dataset voc --download gets all but SegmentationClassAug" if name == "voc" else ""
+        raise DataError(f"no {missing[0]} in {top}: expected this tree in {root}{also}{hint}\n{lines}")
+
+    protocol, jpg, png = PROTOCOL[name], (".jpg",), (".png",)
+    classes, unseen, void = protocol["classes"], protocol.get("unseen"), (0, 255)
+    values = {k + 1: k for k in range(len(classes))}
+    if name == "voc":
+        images, val = list_files(where["JPEGImages"], jpg), read_lines(where["ImageSets/Segmentation/val.txt"])
+        masks = list_files(where["SegmentationClassAug"], png)
+        splits = [pair_up(sorted(masks.keys() - set(val)), images, masks, where["SegmentationClassAug"]),
+                  pair_up(val, images, list_files(where["SegmentationClass"], png),
+                          where["ImageSets/Segmentation/val.txt"])]
+    elif name == "coco-stuff":
+        values, void, splits = {value: k for k, value in enumerate(protocol["raw_ids"])}, (255,), []
+        for part in ("train2017", "val2017"):
+            images = list_files(where[part], jpg)
+            splits.append(pair_up(list(images), images, list_files(where[f"stuffthingmaps/{part}"], png), where[part]))
+    else:
+        if split not in CONTEXT_SPLITS:
+            raise DataError(f"no split {split!r} of context: choose {' or '.join(CONTEXT_SPLITS)}")
+        unseen, name = protocol[CONTEXT_SPLITS[split]], f"context {split}"
+        images, masks = list_files(where["JPEGImages"], jpg), list_files(where["SegmentationClassContext"], png)
+        lists = [where[f"ImageSets/SegmentationContext/{part}.txt"] for part in ("train", "val")]
+        splits = [pair_up(read_lines(path), images, masks, path) for path in lists]
+    return DataSource(name, classes, set(unseen), values, *splits, tuple(protocol["templates"]),
+                      Recipe(steps=protocol["iterations"]), void, COUNTS[name.split()[0]])
+
+
+def download_voc(root):
+    """Gets and unpacks VOC 2012 into root/VOCdevkit/VOC2012 (2 GB)."""
+    try:
+        torchvision.datasets.VOCSegmentation(root, "2012", "val", download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"VOC 2012 did not arrive ({error}): try again, or unpack VOCtrainval_11-May-2012.tar into "
+                        f"{root}") from None
+    target = root / TREES["voc"][0] / "SegmentationClassAug"
+    if not target.is_dir():
+        raise DataError(f"VOC 2012 is in {target.parent}, but the augmented masks have no official download: unpack "
+                        "SegmentationClassAug.zip (12,031 .png; the README of github.com/DrSleep/tensorflow-deeplab-"
+                        f"resnet links it) as {target}")
 
 
 def open_folder(root, name, templates, recipe):
@@ -134,11 +217,11 @@ def list_files(folder, suffixes):
 def pair_up(names, images, masks, source):
     """Names -> [(name, image, mask)]; a name is only ever looked up, so it cannot lead out of the folders."""
     if not names:
-        raise DataError(f"{source} is empty: expected a name a line")
-    for name in names:
-        if name not in images or name not in masks:
-            kind = "image" if name not in images else "mask"
-            raise DataError(f"{source} names {name!r}, but no {kind} of that name exists")
+        raise DataError(f"{source} is empty: expected at least one image")
+    for kind, files in (("image", images), ("mask", masks)):
+        if missing := [name for name in names if name not in files]:
+            more = f" (and for {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise DataError(f"{source} names {missing[0]!r}, but no {kind} of that name exists{more}")
     return [(name, images[name], masks[name]) for name in names]
 
 
@@ -286,3 +369,32 @@ def save_mask(mask, path):
     image = Image.fromarray(mask, "L")
     image.putpalette([channel for colour in palette()[1:] + [(255, 255, 255)] for channel in colour])
     image.save(path)
+
+
+# ---------------------------------------------------------------- command
+
+
+def main(args):
+    if args.download:
+        if args.dataset != "voc":
+            raise DataError(f"--download is for --dataset voc; --dataset {args.dataset} shows the tree to unpack")
+        download_voc(Path(args.data_root or "data/voc"))
+    source = open_dataset(args.dataset, args.data_root, args.split)
+    print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
+          f"{len(source.seen)} seen classes, {len(source.unseen)} unseen")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="toy, voc, coco-stuff, context or a folder")
+    parser.add_argument("--data-root", help="where it lies (default: data/NAME)")
+    parser.add_argument("--split", choices=CONTEXT_SPLITS, help="of context (default: zs3)")
+    parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 into the root first")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except DataError as error:
+        sys.exit(f"error: {error}")
