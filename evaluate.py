@@ -284,8 +284,11 @@ def run_command(main, parse):
     args = parse()
     try:
         main(args)
-    except ERRORS as error:  # from a loader process the message comes behind its traceback, as the last line
-        sys.exit("error: " + str(error).strip().split("\n")[-1].split("Error: ", 1)[-1])
+    except ERRORS as error:
+        message = str(error).strip()
+        if "Traceback" in message:  # from a loader process: the message itself is the last line
+            message = message.split("\n")[-1].split("Error: ", 1)[-1]
+        sys.exit(f"error: {message}")
 
 
 def main(args):
@@ -295,7 +298,8 @@ def main(args):
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else newest_run())
     model, config, gamma = load_run(checkpoint, device)
     source = data.open_dataset(args.dataset or config["dataset"], args.data_root or
-                               (None if args.dataset else config["data_root"]))
+                               (None if args.dataset else config["data_root"]),
+                               args.split or (None if args.dataset else config.get("split")))
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma
@@ -314,6 +318,7 @@ def parse(argv=None):
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint instead of a run's last.pt")
     parser.add_argument("--dataset", help="another data set than the run's own")
     parser.add_argument("--data-root", help="where it lies")
+    parser.add_argument("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes")
     parser.add_argument("--gamma", type=float, help="calibration in logits (default: the run's own, from seen labels)")
     parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")

@@ -44,7 +44,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---- data, its recipe, and what the flags change of it
-    source = data.open_dataset(args.dataset, args.data_root)
+    source = data.open_dataset(args.dataset, args.data_root, args.split)
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
@@ -211,8 +211,10 @@ def parse(argv=None):
     recipe = "default: the data set's recipe"
 
     group = parser.add_argument_group("data and run").add_argument
-    group("--dataset", default="toy", help="toy, or a folder in the README's layout (default: toy)")
-    group("--data-root", help="where the data set lies, if not at its usual place")
+    group("--dataset", default="toy", help="toy, voc, coco-stuff, context, or a folder in the README's layout "
+          "(default: toy)")
+    group("--data-root", help="where the data set lies (default: data/NAME)")
+    group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
     group("--out-dir", type=Path, help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
