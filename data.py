@@ -17,12 +17,14 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -237,20 +239,58 @@ def read_image(path):
         raise DataError(f"cannot read the image {path} ({error}): replace it or take it off the list") from None
 
 
-def read_mask(path, table, classes):
-    """File and look-up table -> uint8 labels (H, W). Pillow keeps palette indexes as they are."""
+def read_values(path):
+    """Mask file -> raw values, uint8 array (H, W). Pillow keeps palette indexes as they are."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L"):
-                raise DataError(f"the mask {path} is {image.mode}: expected one channel of class indexes (P or L)")
-            raw = TF.pil_to_tensor(image)[0]
+                raise DataError(f"the mask {path} is {image.mode}: expected one channel of class indexes (P or L); "
+                                "save it again without the colours")
+            return np.array(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the mask {path} ({error}): replace it or take it off the list") from None
-    labels = table[raw.long()]
+
+
+def read_mask(path, table, classes):
+    """File and look-up table -> uint8 labels (H, W)."""
+    raw = read_values(path)
+    labels = table.numpy()[raw]
     if (labels == INVALID).any():
-        raise DataError(f"the mask {path} holds the value {int(raw[labels == INVALID][0])}, "
-                        f"which none of the {classes} classes has")
-    return tv_tensors.Mask(labels)
+        known = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs((table != INVALID).nonzero()[:, 0]))
+        raise DataError(f"the mask {path} holds the value {raw[labels == INVALID][0]}, which none of the {classes} "
+                        f"classes has: expected {known}")
+    return tv_tensors.Mask(torch.from_numpy(labels))
+
+
+def runs(numbers):
+    """Ascending integers -> [(first, last)] of each stretch without a gap."""
+    found = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = int(number)
+        else:
+            found.append([int(number), int(number)])
+    return found
+
+
+def without_unseen(source, workers=0):
+    """Strict inductive: the training files whose masks hold no unseen pixel. Every mask is read once, none kept."""
+    hidden = {value for value, k in source.values.items() if k in source.unseen}
+    loader = DataLoader(source.train, 64, collate_fn=partial(_without, hidden), num_workers=workers)
+    kept = [file for files in loader for file in files]
+    if not kept:
+        raise DataError(f"all {len(source.train)} training images of {source.name} hold an unseen class: "
+                        "--strict leaves nothing")
+    return kept
+
+
+def _without(values, files):
+    return [file for file in files if values.isdisjoint(present(read_values(file[2])))]
+
+
+def present(raw):
+    """Raw values (H, W) -> those that occur, ascending."""
+    return np.flatnonzero(np.bincount(raw.ravel(), minlength=256)).tolist()
 
 
 class TrainTransform:
