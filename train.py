@@ -49,6 +49,13 @@ def main(args):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
+    inductive = "pixels of unseen classes are hidden from every loss, their images kept"
+    if args.strict:
+        kept = [data.without_unseen(source, args.workers) if first_rank else None]
+        if ranks > 1:
+            dist.broadcast_object_list(kept)
+        inductive = f"strict: {len(source.train) - len(kept[0])} images that hold unseen classes are dropped"
+        source.train = kept[0]
     if args.batch_size % ranks:
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
@@ -81,7 +88,8 @@ def main(args):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     say(f"data    {args.dataset}: {len(source.train)} training images, {len(source.val)} test images, "
-        f"{len(source.seen)} seen classes, {len(source.unseen)} unseen whose pixels are hidden\n"
+        f"{len(source.seen)} seen classes, {len(source.unseen)} unseen\n"
+        f"        {inductive}\n"
         f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; "
         f"teacher {args.clip}\n"
         f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type} "
@@ -215,6 +223,7 @@ def parse(argv=None):
           "(default: toy)")
     group("--data-root", help="where the data set lies (default: data/NAME)")
     group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
+    group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")
     group("--out-dir", type=Path, help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
