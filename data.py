@@ -26,7 +26,6 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from toy import world
@@ -299,9 +298,7 @@ class TrainTransform:
     The crop is cut before it is resized: the same picture as resizing first, for a fraction of the work."""
 
     def __init__(self, recipe):
-        self.crop, self.scale = recipe.crop, recipe.scale
-        # not v2.RandomPhotometricDistort: it also permutes the colour channels, which turns "red" into "blue"
-        self.jitter = v2.RandomApply([v2.ColorJitter(0.125, 0.5, 0.5, 0.05)], 0.5 if recipe.jitter else 0.0)
+        self.crop, self.scale, self.jitter = recipe.crop, recipe.scale, recipe.jitter
 
     def __call__(self, image, labels):
         H, W = labels.shape
@@ -319,9 +316,28 @@ class TrainTransform:
         labels = TF.resized_crop(labels, top, left, h, w, size)  # nearest, since it is a Mask
         if torch.rand(()) < 0.5:
             image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
-        image = self.jitter(image)
+        if self.jitter:
+            image = distort(image)
         pad = [0, 0, self.crop - size[1], self.crop - size[0]]  # right and below
         return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)
+
+
+def distort(image):
+    """Photometric distortion of uint8 (3, H, W): brightness, contrast, saturation and hue, each in half of the cases.
+
+    FIELD: the four, their odds and ranges. OURS: one affine map of RGB instead of a way through HSV, a tenth of the
+    time; saturation scales the distance from the grey axis, hue turns about it. Channels are never exchanged."""
+    def draw(low, high, neutral):
+        return torch.empty(()).uniform_(low, high).item() if torch.rand(()) < 0.5 else neutral
+
+    brightness, contrast, saturation = draw(-32, 32, 0), draw(0.5, 1.5, 1), draw(0.5, 1.5, 1)
+    hue = math.radians(draw(-36, 36, 0))
+    grey = torch.full((3, 3), 1 / 3)  # projection on the grey axis
+    turn = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # a right angle about it
+    colour = contrast * (grey + saturation * (math.cos(hue) * (torch.eye(3) - grey) + math.sin(hue) * turn))
+    shift = torch.full((3, 1), contrast * brightness + 0.5)  # 0.5: the cast below rounds down
+    flat = torch.addmm(shift, colour, image.reshape(3, -1).float())
+    return tv_tensors.Image(flat.clamp_(0, 255).to(torch.uint8).view(image.shape))
 
 
 class TrainSet(Dataset):
