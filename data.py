@@ -1,7 +1,7 @@
 """Data: the folder layout of one's own data, the field's benchmarks, splits, transforms and palettes.
 
     python data.py --dataset voc --download             # fetches VOC 2012, and says what is still missing
-    python data.py --dataset voc --data-root data/voc   # opens a data set: its counts, or what is wrong with it
+    python data.py --dataset voc --data-root data/voc   # the data check: counts, a picture, what is wrong
 
 Own data:
     root/images/NAME.jpg|png    root/masks/NAME.png (index into classes.txt, 255 = void)
@@ -18,12 +18,13 @@ import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
@@ -33,6 +34,8 @@ from toy import world
 HERE = Path(__file__).parent
 IGNORE, INVALID = 255, 254  # INVALID marks mask values that the class list does not know
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
+CHECKED = 100  # images of each part that the data check decodes
+NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
 PROTOCOL = json.loads((HERE / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
 CONTEXT_SPLITS = {"zs3": "unseen_zs3_lineage", "cascade-clip": "unseen_cascade_clip"}  # two are in print
@@ -143,6 +146,12 @@ def open_benchmark(name, root, split="zs3"):
 
     protocol, jpg, png = PROTOCOL[name], (".jpg",), (".png",)
     classes, unseen, void = protocol["classes"], protocol.get("unseen"), (0, 255)
+    if (root / "classes.txt").exists():  # a user's own list beside the data: then the masks may follow it
+        for k, (theirs, ours) in enumerate(zip_longest(read_lines(root / "classes.txt"), classes)):
+            if not theirs or not ours or plain(theirs) != plain(ours):
+                raise DataError(f"line {k + 1} of {root}/classes.txt is {theirs!r}, class {k + 1} of {name} is "
+                                f"{ours!r}: take the file away if the masks are the official ones, else open it as "
+                                "own data")
     values = {k + 1: k for k in range(len(classes))}
     if name == "voc":
         images, val = list_files(where["JPEGImages"], jpg), read_lines(where["ImageSets/Segmentation/val.txt"])
@@ -198,6 +207,10 @@ def open_folder(root, name, templates, recipe):
               for split in ("train", "val")]
     return DataSource(name, classes, {classes.index(c) for c in unseen}, {k: k for k in range(len(classes))},
                       *splits, templates, recipe)
+
+
+def plain(name):
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def read_lines(path):
@@ -404,7 +417,75 @@ class ValSet(Dataset):
         return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor), name
 
 
-# ---------------------------------------------------------------- palettes
+# ---------------------------------------------------------------- the data check
+
+
+def check(source, picture=None):
+    """Looks, in seconds, for what training would only show as bad figures -> lines of remarks. Raises DataError.
+
+    Listings were checked whole when the set was opened; here CHECKED images of each part, evenly spread, go through
+    TrainSet and ValSet. `picture`: a training sample and a test sample, image | labels, with their classes.
+    One's own classes.txt is the order itself: only the picture can show that the masks follow another."""
+    remarks, parts = [], {"training": source.train, "test": source.val}
+    for (part, files), expected in zip(parts.items(), source.expected):
+        if len(files) != expected:
+            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: figures do not compare")
+    if named := [name for name in source.classes if name.lower() in NO_THING]:
+        remarks.append(f"warning: {named[0]!r} is a class, but no thing that CLIP could know: the field makes it 255")
+
+    view, whole, most = TrainSet(source, source.recipe), ValSet(source), -1
+    for part, files in parts.items():
+        chosen = range(0, len(files), -(-len(files) // CHECKED))
+        masks = [np.bincount(read_values(files[i][2]).ravel(), minlength=256) for i in chosen]  # pixels of each value
+        check_values(source, part, masks)
+        for i, pixels in zip(chosen, masks):
+            if part == "test":
+                test = whole[i][:2]
+                continue
+            image, labels = view[i, i]
+            held = {source.classes[k] for value, k in source.values.items() if pixels[value] and k not in source.unseen}
+            given = {source.classes[source.seen[k]] for k in labels.unique().tolist() if k != IGNORE}
+            if given - held:
+                raise DataError(f"{files[i][2]}: the training view shows {min(given - held)!r}, which is unseen or not "
+                                "in this mask: a fault of the program, please report it")
+            if len(given) > most:
+                most, sample = len(given), (image, labels)
+        kind, wanted = ("seen", source.seen) if part == "training" else ("unseen", sorted(source.unseen))
+        found = {k for value, k in source.values.items() if sum(masks)[value]}
+        if absent := [source.classes[k] for k in wanted if k not in found]:
+            names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
+            remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(masks)} "
+                           f"{part} masks looked at (of {len(files)}): {names}")
+    if picture:
+        seen = torch.full((256,), IGNORE)
+        seen[:len(source.seen)] = torch.tensor(source.seen)
+        rows = [(sample[0], seen[sample[1].long()]), test]
+        shown = {k for _, labels in rows for k in labels.unique().tolist()}
+        draw([[image, coloured(labels)] for image, labels in rows], ("image", "labels (white: no class)"), shown,
+             source).save(picture)
+    return remarks
+
+
+def check_values(source, part, masks):
+    """Pixels of each raw value, mask by mask: are the masks shifted, converted, or of another class list?"""
+    pixels, K = sum(masks), len(source.classes)
+    unknown = [v for v in np.flatnonzero(pixels).tolist() if v not in source.values and v not in source.void]
+    first, last, these = source.classes[0], source.classes[-1], f"the {part} masks of {source.name}"
+    if 0 in source.void:  # VOC, Context
+        right = f"expected 0 background, 1 {first} … {K} {last}: use the files as they come"
+        if len(masks) >= 10 and not pixels[0]:
+            raise DataError(f"{these} never hold 0, they look raised by one: {right}")
+        if pixels[255] > pixels[0]:
+            raise DataError(f"{these} hold more 255 (void) than 0 (background), they look lowered by one: {right}")
+    elif source.expected and unknown:
+        raise DataError(f"{these} hold {unknown[0]}, an id that stuffthingmaps never use, they look converted or "
+                        "shifted: use the files of stuffthingmaps_trainval2017.zip as they come")
+    elif K in unknown:
+        mend = "if 0 is background, make it 255 and lower the others by one" if pixels[0] else "lower all by one"
+        raise DataError(f"{these} hold {K}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}")
+
+
+# ---------------------------------------------------------------- pictures
 
 
 def palette():
@@ -420,8 +501,36 @@ def palette():
     return colours
 
 
+def coloured(labels):
+    """Class indexes (H, W) -> uint8 picture (3, H, W); class k has colour k + 1, as black is hard to see."""
+    return torch.tensor(palette()[1:] + [(255, 255, 255)], dtype=torch.uint8)[labels.long()].permute(2, 0, 1)
+
+
+def draw(rows, titles, shown, source, side=192):
+    """Rows of uint8 pictures (3, H, W), one column a title -> a sheet with the `shown` classes' colours below.
+
+    Unseen classes have a *."""
+    strips = []
+    for row in rows:
+        height = round(side * row[0].shape[1] / row[0].shape[2])
+        strips.append(torch.cat([TF.resize(tile, [height, side], TF.InterpolationMode.NEAREST) for tile in row], dim=2))
+    canvas = TF.to_pil_image(torch.cat(strips, dim=1))
+    shown = sorted(k for k in shown if k < len(source.classes))
+    columns, line = len(titles), 16
+    sheet = Image.new("RGB", (canvas.width, 20 + canvas.height + line * -(-len(shown) // columns) + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        pen.text((i * side + 4, 4), title, fill="black")
+    sheet.paste(canvas, (0, 20))
+    for i, k in enumerate(shown):
+        x, y = i % columns * side + 4, 20 + canvas.height + 6 + i // columns * line
+        pen.rectangle((x, y, x + 10, y + 10), fill=palette()[k + 1])
+        pen.text((x + 16, y - 1), source.classes[k][:24] + (" *" if k in source.unseen else ""), fill="black")
+    return sheet
+
+
 def save_mask(mask, path):
-    """uint8 (H, W) array of class indexes -> palette PNG; class k has colour k + 1, as black is hard to see."""
+    """uint8 (H, W) array of class indexes -> palette PNG in the colours of `coloured`."""
     image = Image.fromarray(mask, "L")
     image.putpalette([channel for colour in palette()[1:] + [(255, 255, 255)] for channel in colour])
     image.save(path)
@@ -437,7 +546,10 @@ def main(args):
         download_voc(Path(args.data_root or "data/voc"))
     source = open_dataset(args.dataset, args.data_root, args.split)
     print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
-          f"{len(source.seen)} seen classes, {len(source.unseen)} unseen")
+          f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
+    for remark in check(source, args.picture):
+        print(remark)
+    print(f"no error in up to {CHECKED} training and {CHECKED} test images; look at {args.picture}: do the labels fit?")
 
 
 def parse(argv=None):
@@ -445,6 +557,7 @@ def parse(argv=None):
     parser.add_argument("--dataset", required=True, help="toy, voc, coco-stuff, context or a folder")
     parser.add_argument("--data-root", help="where it lies (default: data/NAME)")
     parser.add_argument("--split", choices=CONTEXT_SPLITS, help="of context (default: zs3)")
+    parser.add_argument("--picture", default="data_check.png", help="where the sample is drawn (default: %(default)s)")
     parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 into the root first")
     return parser.parse_args(argv)
 

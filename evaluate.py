@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
@@ -188,10 +187,9 @@ def table(result, source):
 
 def preview(model, source, device, path, images=6):
     """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
-    colours = torch.tensor(data.palette()[1:] + [(255, 255, 255)], dtype=torch.uint8)
     K, recipe, values = len(source.classes), source.recipe, source.table(training=False)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    rows, shown, side = [], set(), 192
+    rows, shown = [], set()
     model.eval()
     for _, image, mask in source.val[:images]:
         image = data.read_image(image).as_subclass(torch.Tensor)
@@ -199,22 +197,8 @@ def preview(model, source, device, path, images=6):
         maps = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)
         prediction = maps[0.0].cpu()
         shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
-        tiles = [image, colours[truth.long()].permute(2, 0, 1), colours[prediction].permute(2, 0, 1)]
-        height = round(side * image.shape[1] / image.shape[2])
-        tiles = [TF.resize(tile, [height, side], TF.InterpolationMode.NEAREST) for tile in tiles]
-        rows.append(torch.cat(tiles, dim=2))
-    canvas = TF.to_pil_image(torch.cat(rows, dim=1))
-    shown = sorted(k for k in shown if k < K)
-    columns, line = 3, 16
-    sheet = Image.new("RGB", (canvas.width, 20 + canvas.height + line * -(-len(shown) // columns) + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, title in enumerate(("image", "truth", "prediction")):
-        pen.text((i * side + 4, 4), title, fill="black")
-    sheet.paste(canvas, (0, 20))
-    for i, k in enumerate(shown):
-        x, y = i % columns * side + 4, 20 + canvas.height + 6 + i // columns * line
-        pen.rectangle((x, y, x + 10, y + 10), fill=tuple(colours[k].tolist()))
-        pen.text((x + 16, y - 1), source.classes[k][:24] + (" *" if k in source.unseen else ""), fill="black")
+        rows.append([image, data.coloured(truth), data.coloured(prediction)])
+    sheet = data.draw(rows, ("image", "truth", "prediction"), shown, source)
     atomic(path, lambda partial: sheet.save(partial, "PNG"))
 
 
