@@ -4,7 +4,8 @@
     python train.py --dataset my_data --body resnet50         # own data, see README
     torchrun --nproc-per-node 4 train.py --dataset my_data    # one process a GPU
 
-Writes last.pt, config.json, log.jsonl, metrics.json and preview.png into runs/<dataset>/.
+Writes last.pt, config.json, log.jsonl, metrics.json, preview.png and data.png (a training sample as the losses
+see it, and a test sample) into runs/<dataset>/.
 """
 import argparse
 import dataclasses
@@ -61,6 +62,10 @@ def main(args):
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in ("workers", "device", "out_dir", "resume")}
     out = args.out_dir or Path("runs") / Path(args.dataset).name
+    if first_rank:
+        out.mkdir(parents=True, exist_ok=True)
+        for remark in data.check(source, out / "data.png"):
+            print(remark, flush=True)
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)
@@ -82,7 +87,6 @@ def main(args):
     loader = DataLoader(data.TrainSet(source, recipe, args.seed), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     if first_rank:
-        out.mkdir(parents=True, exist_ok=True)
         evaluate.atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
         log = open(out / "log.jsonl", "a" if args.resume else "w", buffering=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
