@@ -23,6 +23,7 @@ import data
 import model as models
 from losses import world_size
 
+UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 CHUNK = 16  # classes upsampled at a time: memory does not grow with the number of classes
 ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
 
@@ -139,30 +140,45 @@ def calibrate(model, source, device, images=100, loss=0.01):
     return margins.clamp(min=0).kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
 
 
-def evaluate(model, source, device, gamma, save=None):
+def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     """Scores `model` on the source's val images; with several processes each takes its part, without repeats.
 
-    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}; `save` gets every (name, label map)."""
+    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}.
+    predictions    folder that gets NAME.png of every image: class indexes in a palette, γ = 0
+    unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
+                   classes alone: a far easier task, whose figures compare with no joint one"""
+    if unseen_only and not source.unseen:
+        raise data.DataError(f"{source.name} has no unseen classes: --unseen-only would score nothing")
+    if predictions:
+        predictions.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank() if world_size() > 1 else 0
     K, recipe = len(source.classes), source.recipe
     loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None,
                         num_workers=0 if device.type == "cpu" else 4)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys((0.0, gamma))}
+    gammas = (0.0, gamma, UNSEEN_ALONE) if unseen_only else (0.0, gamma)
+    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys(gammas)}
     was_training = model.training
     model.eval()
     for image, truth, name in loader:
         maps = predict(model, image.to(device), seen, tuple(matrices), recipe.short_side, recipe.window, recipe.stride)
         for g, prediction in maps.items():
             matrices[g] += confusion(truth.to(device), prediction, K)
-        if save:
-            save(name, maps[0.0])
+        if predictions:
+            data.save_mask(maps[0.0].byte().cpu().numpy(), predictions / f"{name}.png")
     model.train(was_training)
     if world_size() > 1:
         for matrix in matrices.values():
             dist.all_reduce(matrix)
+    if unseen_only:
+        matrices[UNSEEN_ALONE][seen] = 0  # the rows of pixels whose truth is a seen class
     score = {g: metrics(matrix, source.classes, source.unseen) for g, matrix in matrices.items()}
-    return {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
+    result = {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
+    if unseen_only:
+        alone, names = score[UNSEEN_ALONE], [source.classes[k] for k in sorted(source.unseen)]
+        result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
+                                 "IoU": {name: alone["IoU"][name] for name in names}}
+    return result
 
 
 # ---------------------------------------------------------------- what people see
@@ -182,6 +198,10 @@ def table(result, source):
         lines.append(f"{name:<{width}} {number(plain[key])}   {number(calibrated[key])}")
     if source.unseen:
         lines.append(f"* unseen in training.  {result['images']} images; γ is taken off the seen classes' logits")
+    if "unseen_only" in result:
+        lines.append("another task, unseen pixels labelled among unseen classes alone: mIoU "
+                     f"{number(result['unseen_only']['mIoU']).strip()}, pAcc "
+                     f"{number(result['unseen_only']['pAcc']).strip()}")
     return "\n".join(lines)
 
 
@@ -289,7 +309,7 @@ def main(args):
         gamma = args.gamma
     elif gamma is None or args.dataset:  # an unfinished run, or other classes
         gamma = calibrate(model, source, device)
-    result = evaluate(model, source, device, gamma)
+    result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
     result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
     if world_size() == 1 or dist.get_rank() == 0:
         report(result, model, source, device, args.out_dir or checkpoint.parent)
@@ -304,6 +324,10 @@ def parse(argv=None):
     parser.add_argument("--data-root", help="where it lies")
     parser.add_argument("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes")
     parser.add_argument("--gamma", type=float, help="calibration in logits (default: the run's own, from seen labels)")
+    parser.add_argument("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the "
+                        "unseen classes alone, under that name: no joint figure")
+    parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write NAME.png of each test image, class "
+                        "indexes in a palette, γ = 0")
     parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     return parser.parse_args(argv)
