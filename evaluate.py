@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
@@ -24,6 +23,7 @@ import data
 import model as models
 from losses import world_size
 
+UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 CHUNK = 16  # classes upsampled at a time: memory does not grow with the number of classes
 ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
 
@@ -140,30 +140,45 @@ def calibrate(model, source, device, images=100, loss=0.01):
     return margins.clamp(min=0).kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
 
 
-def evaluate(model, source, device, gamma, save=None):
+def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     """Scores `model` on the source's val images; with several processes each takes its part, without repeats.
 
-    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}; `save` gets every (name, label map)."""
+    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}.
+    predictions    folder that gets NAME.png of every image: class indexes in a palette, γ = 0
+    unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
+                   classes alone: a far easier task, whose figures compare with no joint one"""
+    if unseen_only and not source.unseen:
+        raise data.DataError(f"{source.name} has no unseen classes: --unseen-only would score nothing")
+    if predictions:
+        predictions.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank() if world_size() > 1 else 0
     K, recipe = len(source.classes), source.recipe
     loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None,
                         num_workers=0 if device.type == "cpu" else 4)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys((0.0, gamma))}
+    gammas = (0.0, gamma, UNSEEN_ALONE) if unseen_only else (0.0, gamma)
+    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys(gammas)}
     was_training = model.training
     model.eval()
     for image, truth, name in loader:
         maps = predict(model, image.to(device), seen, tuple(matrices), recipe.short_side, recipe.window, recipe.stride)
         for g, prediction in maps.items():
             matrices[g] += confusion(truth.to(device), prediction, K)
-        if save:
-            save(name, maps[0.0])
+        if predictions:
+            data.save_mask(maps[0.0].byte().cpu().numpy(), predictions / f"{name}.png")
     model.train(was_training)
     if world_size() > 1:
         for matrix in matrices.values():
             dist.all_reduce(matrix)
+    if unseen_only:
+        matrices[UNSEEN_ALONE][seen] = 0  # the rows of pixels whose truth is a seen class
     score = {g: metrics(matrix, source.classes, source.unseen) for g, matrix in matrices.items()}
-    return {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
+    result = {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
+    if unseen_only:
+        alone, names = score[UNSEEN_ALONE], [source.classes[k] for k in sorted(source.unseen)]
+        result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
+                                 "IoU": {name: alone["IoU"][name] for name in names}}
+    return result
 
 
 # ---------------------------------------------------------------- what people see
@@ -183,15 +198,18 @@ def table(result, source):
         lines.append(f"{name:<{width}} {number(plain[key])}   {number(calibrated[key])}")
     if source.unseen:
         lines.append(f"* unseen in training.  {result['images']} images; γ is taken off the seen classes' logits")
+    if "unseen_only" in result:
+        lines.append("another task, unseen pixels labelled among unseen classes alone: mIoU "
+                     f"{number(result['unseen_only']['mIoU']).strip()}, pAcc "
+                     f"{number(result['unseen_only']['pAcc']).strip()}")
     return "\n".join(lines)
 
 
 def preview(model, source, device, path, images=6):
     """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
-    colours = torch.tensor(data.palette()[1:] + [(255, 255, 255)], dtype=torch.uint8)
     K, recipe, values = len(source.classes), source.recipe, source.table(training=False)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    rows, shown, side = [], set(), 192
+    rows, shown = [], set()
     model.eval()
     for _, image, mask in source.val[:images]:
         image = data.read_image(image).as_subclass(torch.Tensor)
@@ -199,22 +217,8 @@ def preview(model, source, device, path, images=6):
         maps = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)
         prediction = maps[0.0].cpu()
         shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
-        tiles = [image, colours[truth.long()].permute(2, 0, 1), colours[prediction].permute(2, 0, 1)]
-        height = round(side * image.shape[1] / image.shape[2])
-        tiles = [TF.resize(tile, [height, side], TF.InterpolationMode.NEAREST) for tile in tiles]
-        rows.append(torch.cat(tiles, dim=2))
-    canvas = TF.to_pil_image(torch.cat(rows, dim=1))
-    shown = sorted(k for k in shown if k < K)
-    columns, line = 3, 16
-    sheet = Image.new("RGB", (canvas.width, 20 + canvas.height + line * -(-len(shown) // columns) + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, title in enumerate(("image", "truth", "prediction")):
-        pen.text((i * side + 4, 4), title, fill="black")
-    sheet.paste(canvas, (0, 20))
-    for i, k in enumerate(shown):
-        x, y = i % columns * side + 4, 20 + canvas.height + 6 + i // columns * line
-        pen.rectangle((x, y, x + 10, y + 10), fill=tuple(colours[k].tolist()))
-        pen.text((x + 16, y - 1), source.classes[k][:24] + (" *" if k in source.unseen else ""), fill="black")
+        rows.append([image, data.coloured(truth), data.coloured(prediction)])
+    sheet = data.draw(rows, ("image", "truth", "prediction"), shown, source)
     atomic(path, lambda partial: sheet.save(partial, "PNG"))
 
 
@@ -284,8 +288,11 @@ def run_command(main, parse):
     args = parse()
     try:
         main(args)
-    except ERRORS as error:  # from a loader process the message comes behind its traceback, as the last line
-        sys.exit("error: " + str(error).strip().split("\n")[-1].split("Error: ", 1)[-1])
+    except ERRORS as error:
+        message = str(error).strip()
+        if "Traceback" in message:  # from a loader process: the message itself is the last line
+            message = message.split("\n")[-1].split("Error: ", 1)[-1]
+        sys.exit(f"error: {message}")
 
 
 def main(args):
@@ -295,13 +302,14 @@ def main(args):
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else newest_run())
     model, config, gamma = load_run(checkpoint, device)
     source = data.open_dataset(args.dataset or config["dataset"], args.data_root or
-                               (None if args.dataset else config["data_root"]))
+                               (None if args.dataset else config["data_root"]),
+                               args.split or (None if args.dataset else config.get("split")))
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma
     elif gamma is None or args.dataset:  # an unfinished run, or other classes
         gamma = calibrate(model, source, device)
-    result = evaluate(model, source, device, gamma)
+    result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
     result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
     if world_size() == 1 or dist.get_rank() == 0:
         report(result, model, source, device, args.out_dir or checkpoint.parent)
@@ -314,7 +322,12 @@ def parse(argv=None):
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint instead of a run's last.pt")
     parser.add_argument("--dataset", help="another data set than the run's own")
     parser.add_argument("--data-root", help="where it lies")
+    parser.add_argument("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes")
     parser.add_argument("--gamma", type=float, help="calibration in logits (default: the run's own, from seen labels)")
+    parser.add_argument("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the "
+                        "unseen classes alone, under that name: no joint figure")
+    parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write NAME.png of each test image, class "
+                        "indexes in a palette, γ = 0")
     parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     return parser.parse_args(argv)

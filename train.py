@@ -4,7 +4,8 @@
     python train.py --dataset my_data --body resnet50         # own data, see README
     torchrun --nproc-per-node 4 train.py --dataset my_data    # one process a GPU
 
-Writes last.pt, config.json, log.jsonl, metrics.json and preview.png into runs/<dataset>/.
+Writes last.pt, config.json, log.jsonl, metrics.json, preview.png and data.png (a training sample as the losses
+see it, and a test sample) into runs/<dataset>/.
 """
 import argparse
 import dataclasses
@@ -44,16 +45,27 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---- data, its recipe, and what the flags change of it
-    source = data.open_dataset(args.dataset, args.data_root)
+    source = data.open_dataset(args.dataset, args.data_root, args.split)
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
+    inductive = "pixels of unseen classes are hidden from every loss, their images kept"
+    if args.strict:
+        kept = [data.without_unseen(source, args.workers) if first_rank else None]
+        if ranks > 1:
+            dist.broadcast_object_list(kept)
+        inductive = f"strict: {len(source.train) - len(kept[0])} images that hold unseen classes are dropped"
+        source.train = kept[0]
     if args.batch_size % ranks:
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in ("workers", "device", "out_dir", "resume")}
     out = args.out_dir or Path("runs") / Path(args.dataset).name
+    if first_rank:
+        out.mkdir(parents=True, exist_ok=True)
+        for remark in data.check(source, out / "data.png"):
+            print(remark, flush=True)
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)
@@ -75,13 +87,13 @@ def main(args):
     loader = DataLoader(data.TrainSet(source, recipe, args.seed), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     if first_rank:
-        out.mkdir(parents=True, exist_ok=True)
         evaluate.atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
         log = open(out / "log.jsonl", "a" if args.resume else "w", buffering=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     say(f"data    {args.dataset}: {len(source.train)} training images, {len(source.val)} test images, "
-        f"{len(source.seen)} seen classes, {len(source.unseen)} unseen whose pixels are hidden\n"
+        f"{len(source.seen)} seen classes, {len(source.unseen)} unseen\n"
+        f"        {inductive}\n"
         f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; "
         f"teacher {args.clip}\n"
         f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type} "
@@ -212,8 +224,11 @@ def parse(argv=None):
     recipe = "default: the data set's recipe"
 
     group = parser.add_argument_group("data and run").add_argument
-    group("--dataset", default="toy", help="toy, or a folder in the README's layout (default: toy)")
-    group("--data-root", help="where the data set lies, if not at its usual place")
+    group("--dataset", default="toy", help="toy, voc, coco-stuff, context, or a folder in the README's layout "
+          "(default: toy)")
+    group("--data-root", help="where the data set lies (default: data/NAME)")
+    group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
+    group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")
     group("--out-dir", type=Path, help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")

@@ -56,7 +56,8 @@ def test_train_leaves_what_the_readme_says(run):
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert json.loads((out / "config.json").read_text())["frozen_blocks"] == 1
     assert Image.open(out / "preview.png").size[0] == 3 * 192
-    assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "metrics.json", "config.json", "preview.png"}
+    assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "metrics.json", "config.json", "preview.png",
+                                             "data.png"}
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
     assert "hIoU" in text and "eta" in text
