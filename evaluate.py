@@ -137,7 +137,8 @@ def calibrate(model, source, device, images=100, loss=0.01):
         margins.append(margin[seen[k] == truth.to(device)].cpu())
     model.train(was_training)
     margins = torch.cat(margins)
-    return margins.clamp(min=0).kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
+    margins = margins[margins > 0]
+    return margins.kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
 
 
 def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):

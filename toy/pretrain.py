@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -128,8 +129,7 @@ def main(args):
 
     images, names = Scenes(2 * args.test_scenes, args.seed + 1).all(args.workers)
     score = zero_shot(clip.load(args.out), images[::2], names[::2])  # every second scene holds one thing
-    command = (f"python -m toy.pretrain --steps {args.steps} --batch-size {args.batch_size} --scenes {args.scenes} "
-               f"--seed {args.seed}" + (f" --init {args.init}" if args.init else ""))
+    command = " ".join(["python -m toy.pretrain", *sys.argv[1:]])
     record = {"command": command, "torch": torch.__version__, "threads": torch.get_num_threads(),
               "seconds": round(time.time() - start), "test_scenes": args.test_scenes, "zero_shot_top1": score,
               "final_loss": round(loss.item(), 3), "sha256": clip.file_sha256(args.out)}

@@ -79,8 +79,8 @@ def render(lines):
             command = runs[0]["command"].replace(f" --seed {runs[0]['seed']}", "")
             commits = ", ".join(sorted({line["commit"] for line in runs}))
             cells = [cell(runs, "gamma_0", key) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
-            table.append(f"| {row} | {what} | {len(runs)} | " + " | ".join(cells) +
-                         f" | {cell(runs, 'calibrated', 'hIoU')} | `{command}` | {commits} |")
+            cells = [row, what, str(len(runs)), *cells, cell(runs, "calibrated", "hIoU"), f"`{command}`", commits]
+            table.append(f"| {' | '.join(cells)} |")
     text = ("# The embedded default under controls\n\nmIoU in percent, γ = 0 unless it says calibrated; mean ± standard "
             "deviation over n seeds (`--seed 0 …`). Written by `python -m toy.study`.\n\n" + "\n".join(table) + "\n")
     (RESULTS.parent / "toy.md").write_text(text)
@@ -95,8 +95,8 @@ def main(args):
         with ThreadPoolExecutor(args.jobs) as pool:
             for done, line in enumerate(pool.map(lambda job: run(*job, args.steps), todo), 1):
                 left = (time.time() - start) / done * (len(todo) - done) / 60
-                print(f"{done}/{len(todo)}  {line['row']:<18} seed {line['seed']}  hIoU {line['gamma_0']['hIoU']:5.1f}  "
-                      f"{left:.0f} min left", flush=True)
+                print(f"{done}/{len(todo)}  {line['row']:<18} seed {line['seed']}  hIoU {line['gamma_0']['hIoU']:5.1f}"
+                      f"  {left:.0f} min left", flush=True)
     render(finished())
     print(f"wrote {RESULTS.parent / 'toy.md'}")
 
