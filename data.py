@@ -112,12 +112,13 @@ class TrainTransform:
             if count.max() <= MAX_ONE_CLASS * count.sum():
                 break
         size = [min(round(h * factor), self.crop), min(round(w * factor), self.crop)]
-        image = TF.resized_crop(image, top, left, h, w, size, antialias=True)
+        image = TF.crop(image, top, left, h, w)
+        if self.jitter:  # before the resize: mostly fewer pixels, never more than were decoded
+            image = distort(image)
+        image = TF.resize(image, size, antialias=True)
         labels = TF.resized_crop(labels, top, left, h, w, size)  # nearest, since it is a Mask
         if torch.rand(()) < 0.5:
             image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
-        if self.jitter:
-            image = distort(image)
         pad = [0, 0, self.crop - size[1], self.crop - size[0]]  # right and below
         return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)
 
