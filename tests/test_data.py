@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import data
+import sources
 from toy import world
 
 WORLD_DIGEST = "9289151df4e745b2"  # of the first 20 scenes, images and masks
@@ -56,7 +57,7 @@ def test_written_masks_are_what_was_drawn(small_world):
 
 
 def test_training_labels_are_indexes_among_the_seen_and_unseen_is_hidden(small_world):
-    source = data.open_folder(small_world, "toy", world.TEMPLATES, data.TOY)
+    source = sources.open_folder(small_world, "toy", world.TEMPLATES, sources.TOY)
     assert sorted(source.classes[k] for k in source.unseen) == sorted(world.unseen(0))
     train, val = source.table(training=True), source.table(training=False)
     for k, name in enumerate(world.CLASSES):
@@ -74,7 +75,7 @@ def test_image_and_labels_are_cut_alike():
     labels = torch.from_numpy(np.kron(rng.randint(0, 250, (6, 8)), np.ones((20, 20))).astype(np.uint8))
     image = data.tv_tensors.Image(labels.expand(3, -1, -1).clone())
     for crop, scale in ((64, (1.0, 2.0)), (200, (0.5, 0.6))):
-        transform = data.TrainTransform(data.Recipe(1, crop=crop, scale=scale, jitter=False))
+        transform = data.TrainTransform(sources.Recipe(1, crop=crop, scale=scale, jitter=False))
         for seed in range(20):
             torch.manual_seed(seed)
             out, cut = transform(image, data.tv_tensors.Mask(labels))
@@ -93,7 +94,7 @@ def test_crops_with_too_much_of_one_class_are_drawn_again():
     labels = torch.zeros(100, 400, dtype=torch.uint8)
     labels[:, 350:] = 1
     image = data.tv_tensors.Image(torch.zeros(3, 100, 400, dtype=torch.uint8))
-    transform = data.TrainTransform(data.Recipe(1, crop=100, scale=(1.0, 1.0), jitter=False))
+    transform = data.TrainTransform(sources.Recipe(1, crop=100, scale=(1.0, 1.0), jitter=False))
     torch.manual_seed(0)
     mixed = [transform(image, data.tv_tensors.Mask(labels))[1].float().mean().item() for _ in range(200)]
     good = [m for m in mixed if 0.25 <= m]
@@ -101,13 +102,13 @@ def test_crops_with_too_much_of_one_class_are_drawn_again():
 
 
 def test_a_batch_depends_on_neither_processes_nor_interruption(small_world):
-    source = data.open_folder(small_world, "toy", world.TEMPLATES, data.TOY)
+    source = sources.open_folder(small_world, "toy", world.TEMPLATES, sources.TOY)
     whole = list(data.Steps(12, 6, 0, 8, seed=3))
     assert sorted(i for batch in whole[:2] for _, i in batch) == list(range(12))  # an epoch has every image once
     assert list(data.Steps(12, 6, 5, 8, seed=3)) == whole[5:]
     halves = [list(data.Steps(12, 6, 0, 8, seed=3, rank=r, ranks=2)) for r in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole
-    train = data.TrainSet(source, data.TOY, seed=3)
+    train = data.TrainSet(source, sources.TOY, seed=3)
     first = train[whole[4][2]]
     torch.rand(7)
     before = torch.random.get_rng_state()
@@ -117,7 +118,7 @@ def test_a_batch_depends_on_neither_processes_nor_interruption(small_world):
 
 
 def test_val_parts_have_no_repeats(small_world):
-    source = data.open_folder(small_world, "toy", world.TEMPLATES, data.TOY)
+    source = sources.open_folder(small_world, "toy", world.TEMPLATES, sources.TOY)
     parts = [[name for *_, name in data.ValSet(source, (r, 3))] for r in range(3)]
     assert sorted(sum(parts, [])) == sorted(name for name, *_ in source.val)
 
@@ -164,8 +165,8 @@ def test_broken_folders_say_what_is_wrong(copy, case):
     spoil, message = BROKEN[case]
     spoil(copy)
     with pytest.raises(data.DataError, match=message) as error:
-        source = data.open_folder(copy, "copy", world.TEMPLATES, data.TOY)
-        train = data.TrainSet(source, data.TOY)
+        source = sources.open_folder(copy, "copy", world.TEMPLATES, sources.TOY)
+        train = data.TrainSet(source, sources.TOY)
         for i in range(12):
             train[i, i]
     assert "\n" not in str(error.value)
@@ -173,4 +174,4 @@ def test_broken_folders_say_what_is_wrong(copy, case):
 
 def test_without_unseen_list_the_set_is_closed(copy):
     (copy / "unseen.txt").unlink()
-    assert data.open_folder(copy, "copy", world.TEMPLATES, data.TOY).unseen == set()
+    assert sources.open_folder(copy, "copy", world.TEMPLATES, sources.TOY).unseen == set()
