@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 class Scenes(Dataset):
     """Scene i of seed s is drawn from (s, i): image uint8 (64, 64, 3) and the names in it."""
 
-    def __init__(self, count, seed, max_things=4):
+    def __init__(self, count, seed, max_things=3):
         self.count, self.seed, self.max_things = count, seed, max_things
 
     def __len__(self):

@@ -49,13 +49,14 @@ def finished():
 def run(row, seed, steps):
     """One run of train.py in a process of one thread -> its line for results/toy.jsonl."""
     out = ROOT / "runs" / "study" / f"{row}-{seed}"
+    (out / "metrics.json").unlink(missing_ok=True)
     command = ["train.py", *ROWS[row][1], "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
     start = time.time()
     place = ["--out-dir", str(out), "--workers", "0", "--device", "cpu"]
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, *command, *place], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    if done.returncode or not (out / "metrics.json").exists():
+        raise RuntimeError(f"{' '.join(command)} did not finish:\n{done.stdout[-300:]}{done.stderr}")
     result = json.loads((out / "metrics.json").read_text())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     keep = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")
@@ -81,8 +82,8 @@ def render(lines):
             cells = [cell(runs, "gamma_0", key) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
             cells = [row, what, str(len(runs)), *cells, cell(runs, "calibrated", "hIoU"), f"`{command}`", commits]
             table.append(f"| {' | '.join(cells)} |")
-    text = ("# The embedded default under controls\n\nmIoU in percent, γ = 0 unless it says calibrated; mean ± standard "
-            "deviation over n seeds (`--seed 0 …`). Written by `python -m toy.study`.\n\n" + "\n".join(table) + "\n")
+    text = ("# The embedded default under controls\n\nmIoU in percent, γ = 0 unless it says calibrated; mean ± std "
+            "over n seeds.\nWritten by `python -m toy.study`.\n\n" + "\n".join(table) + "\n")
     (RESULTS.parent / "toy.md").write_text(text)
 
 

@@ -63,7 +63,7 @@ def _ground(rng, tone, material, x, y):
     return grey[..., None] + MATERIALS[material] + rng.uniform(-0.03, 0.03, 3)
 
 
-def draw(rng, max_things=4):
+def draw(rng, max_things=3):
     """One scene -> image uint8 (SIZE, SIZE, 3), mask uint8 (SIZE, SIZE) of indexes into CLASSES, class names in it.
 
     Painted back to front at twice the size and averaged, so edges are smooth; later things hide earlier ones."""
@@ -77,11 +77,18 @@ def draw(rng, max_things=4):
         side = (x - SIZE / 2) * math.cos(angle) + (y - SIZE / 2) * math.sin(angle) > rng.uniform(-SIZE / 4, SIZE / 4)
         image[side] = _ground(rng, *names[1].split(), x, y)[side]
         mask[side] = CLASSES.index(names[1])
+    placed = []
     for _ in range(rng.randint(1, max_things + 1)):
+        for _ in range(10):  # a place where it hides others in part at most, else no further thing
+            radius, angle = rng.uniform(9, 18), rng.uniform(-0.3, 0.3)  # pixels, radians: nearly upright
+            cx, cy = rng.uniform(0.8 * radius, SIZE - 0.8 * radius, 2)
+            if all(math.hypot(cx - ox, cy - oy) > 0.8 * (radius + other) for ox, oy, other in placed):
+                break
+        else:
+            break
+        placed.append((cx, cy, radius))
         names.append(THINGS[rng.randint(len(THINGS))])
         colour, shape = names[-1].split()
-        radius, angle = rng.uniform(9, 18), rng.uniform(-0.3, 0.3)  # pixels, radians: nearly upright
-        cx, cy = rng.uniform(0.8 * radius, SIZE - 0.8 * radius, 2)
         paint = np.array(COLOURS[colour]) + rng.uniform(-0.1, 0.1, 3)
         reach = radius * 1.21  # only the box that can hold the object: a square reaches 1.2 radii
         box = (slice(max(int(2 * (cy - reach)), 0), int(2 * (cy + reach)) + 1),

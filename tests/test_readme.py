@@ -1,0 +1,31 @@
+"""The README's own claims: line counts, files, flags and its Python example."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_line_counts_are_true():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", TEXT, re.M)
+    files = [*ROOT.glob("*.py"), *ROOT.glob("toy/[a-z]*.py")]
+    assert {name for name, _ in rows} == {str(p.relative_to(ROOT)) for p in files}
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
+def test_links_and_flags_exist():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    usage = "".join(subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
+                                   check=True).stdout for script in ("train.py", "evaluate.py", "data.py"))
+    known = set(re.findall(r"--[a-z-]+", usage)) | {"--nproc-per-node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known | {"--rows", "--seeds", "--render"}
+
+
+def test_the_python_example_prints_what_it_says():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "set_classes" in block)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == re.search(r"# (torch\.Size\([^)]*\))", code)[1]
