@@ -474,7 +474,7 @@ def test_unseen_only_is_another_metric_beside_the_joint_one(trees, tmp_path):
 
 def command(*args, ok=True):
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 

@@ -31,7 +31,7 @@ def root(tmp_path_factory, tiny_clip_file):
 def command(script, *args, ranks=0, ok=True):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, env=ENV,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 

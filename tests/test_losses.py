@@ -210,7 +210,7 @@ def test_two_processes_with_half_the_batch_each(tmp_path):
     (tmp_path / "two.py").write_text(textwrap.dedent(TWO))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    str(tmp_path / "two.py"), str(tmp_path)], cwd=ROOT, env=env, check=True, timeout=120)
+                    str(tmp_path / "two.py"), str(tmp_path)], cwd=ROOT, env=env, check=True, timeout=300)
     parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     z, t, c, labels = world(B=4)
     labels[0] = 255
