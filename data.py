@@ -61,6 +61,15 @@ def read_mask(path, table, classes):
     return tv_tensors.Mask(torch.from_numpy(labels))
 
 
+def read_pair(file, table, classes):
+    """(name, image path, mask path) -> name, uint8 image (3, H, W), uint8 labels (H, W), of one size."""
+    name, image, mask = file
+    image, labels = read_image(image), read_mask(mask, table, classes)
+    if image.shape[1:] != labels.shape:
+        raise DataError(f"{name}: image {tuple(image.shape[1:])} and mask {tuple(labels.shape)} differ in size")
+    return name, image, labels
+
+
 def runs(numbers):
     """Ascending integers -> [(first, last)] of each stretch without a gap."""
     found = []
@@ -152,10 +161,7 @@ class TrainSet(Dataset):
 
     def __getitem__(self, item):
         position, i = item
-        name, image, mask = self.files[i]
-        image, labels = read_image(image), read_mask(mask, self.table, self.classes)
-        if image.shape[1:] != labels.shape:
-            raise DataError(f"{name}: image {tuple(image.shape[1:])} and mask {tuple(labels.shape)} differ in size")
+        _, image, labels = read_pair(self.files[i], self.table, self.classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + position)
             image, labels = self.transform(image, labels)
@@ -198,10 +204,7 @@ class ValSet(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        name, image, mask = self.files[i]
-        image, labels = read_image(image), read_mask(mask, self.table, self.classes)
-        if image.shape[1:] != labels.shape:
-            raise DataError(f"{name}: image {tuple(image.shape[1:])} and mask {tuple(labels.shape)} differ in size")
+        name, image, labels = read_pair(self.files[i], self.table, self.classes)
         return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor), name
 
 

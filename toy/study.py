@@ -33,7 +33,6 @@ ROWS = {  # row: (what it is, flags of train.py); every row but the first change
     "all-k": ("k = N throughout: every position distilled", ["--k-schedule", "constant", "--k-end", "1"]),
     "fixed-k": ("k = N / 10 throughout", ["--k-schedule", "constant", "--k-end", "0.1"]),
     "no-bank": ("no bank of earlier CLS embeddings", ["--bank", "0"]),
-    "attention-qk": ("attention as CLIP was trained", ["--attention", "qk"]),
     "attention-vv": ("attention between like values", ["--attention", "vv"]),
     "attention-self": ("each token attends to itself", ["--attention", "self"]),
     "positional": ("CLIP's positions added to the tokens", ["--positional"]),

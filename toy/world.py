@@ -1,7 +1,7 @@
 """The embedded default's world: scenes of coloured shapes on textured grounds, with names that compose.
 
 20 things (colour × shape) and 6 stuff classes (tone × material); 5 things and 1 stuff class are unseen, chosen so
-that each of their words is known from other classes: "red" and "ring" are seen, "red ring" is not.
+that each of their words is known from other classes: "red" and "cross" are seen, "red cross" is not.
 Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
 
     python -m toy.world            # writes data/toy (train.py does it by itself)
