@@ -83,13 +83,11 @@ class Tail(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Control without CLIP: the same adapter (`norm=False` leaves its LayerNorm out), then a trained W -> D."""
+    """Control without CLIP: the same adapter, then a trained W -> D."""
 
-    def __init__(self, in_channels, width, output_dim, norm=True, gain=TOKEN_GAIN):
+    def __init__(self, in_channels, width, output_dim, gain=TOKEN_GAIN):
         super().__init__()
         self.adapter = Adapter(in_channels, width, gain)
-        if not norm:
-            self.adapter.norm = nn.Identity()
         self.proj = nn.Linear(width, output_dim, bias=False)
 
     def forward(self, x):

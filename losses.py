@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 IGNORE = 255
-TAU = 0.07  # τ and τ_g. LINE: the group's earlier work uses 0.07 for InfoNCE
+TAU = 0.07  # τ_g, and τ unless given: the group's earlier work (LINE) uses it for InfoNCE; train.py gives CLIP's own τ
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # FIELD: the peers' focal loss
 
 

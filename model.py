@@ -16,7 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import clip
 import segnext
 from clip_head import CSH, LinearHead
-from losses import TAU, pixel_text_logits
+from losses import pixel_text_logits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANDOM_HEAD_SEED = 0  # the random-weights control is not saved: it is drawn again from this seed
@@ -161,7 +161,7 @@ def text_embeddings(encode_text, names, templates):
 class ChimeraSeg(nn.Module):
     """body + head + text embeddings `t` (K, D), a buffer that `set_classes` fills and may refill at any time."""
 
-    def __init__(self, body, head, encode_text, tau=TAU):
+    def __init__(self, body, head, encode_text, tau):
         super().__init__()
         self.body, self.head, self.tau = body, head, tau
         self.encode_text = encode_text  # a bound method, so CLIP is no submodule: not trained, not saved, not moved
@@ -200,11 +200,12 @@ class ChimeraSeg(nn.Module):
 
 
 def build(clip_model, *, body="small", body_weights="default", stride=None, head="csh", frozen_blocks=1,
-          attention="qk", positional=False, temperature=TAU, **_):
+          attention="qk", positional=False, temperature=None, **_):
     """The segmenter from plain values; other keys are passed over, so that a run's whole config may be given.
 
     head: csh, linear (no CLIP in it) or random (CSH with random frozen weights). `clip_model` is only read: the head
-    copies its part, and the image tower may then be dropped. Raises ModelError, CLIPError."""
+    copies its part, and the image tower may then be dropped. temperature: τ, CLIP's own when None. Raises ModelError,
+    CLIPError."""
     visual = clip_model.visual
     body = build_body(body, body_weights, stride)
     if head == "random":
@@ -218,4 +219,4 @@ def build(clip_model, *, body="small", body_weights="default", stride=None, head
         head = CSH(visual, body.out_channels, frozen_blocks, attention, positional)
     else:
         raise ModelError(f"no head {head!r}: choose csh, linear or random")
-    return ChimeraSeg(body, head, clip_model.encode_text, temperature)
+    return ChimeraSeg(body, head, clip_model.encode_text, temperature or 1 / clip_model.logit_scale.exp().item())

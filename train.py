@@ -117,13 +117,13 @@ def main(args):
             z = student(images)  # (B, D, h, w)
             c = cls_embeddings(teacher, images) if args.sgd_weight else None  # (B, D)
         k = losses.k_at(step, args.steps, z.shape[2] * z.shape[3], args.k_end, args.k_schedule)
-        loss_seg = segmentation_loss(z, model.t, labels, args.temperature)
+        loss_seg = segmentation_loss(z, model.t, labels, model.tau)
         loss_sgd = loss_sam = torch.zeros((), device=device)
         if args.sgd_weight:
             loss_sgd = losses.sgd_loss(z, c, k, bank)
             bank = losses.push(bank, c, args.bank)
         if args.sam_weight:
-            loss_sam = losses.sam_loss(z, model.t, labels, args.temperature)
+            loss_sam = losses.sam_loss(z, model.t, labels, model.tau)
         loss = loss_seg + args.sgd_weight * loss_sgd + args.sam_weight * loss_sam
 
         optimizer.zero_grad()
@@ -254,8 +254,8 @@ def parse(argv=None):
 
     group = parser.add_argument_group("losses").add_argument
     group("--seg-loss", choices=("ce", "nel"), default="ce", help="cross-entropy, or focal + dice (default: ce)")
-    group("--temperature", type=float, default=losses.TAU, help=f"τ of text logits (default: {losses.TAU})")
-    group("--sgd-weight", type=float, default=1.0, help="λ_sgd; 0 switches SGD and its teacher off (default: 1)")
+    group("--temperature", type=float, help="τ of text logits (default: CLIP's own)")
+    group("--sgd-weight", type=float, default=0.5, help="λ_sgd; 0 switches SGD and its teacher off (default: 0.5)")
     group("--k-schedule", choices=("linear", "cosine", "constant"), default="linear",
           help="how k falls from all positions (default: linear)")
     group("--k-end", type=float, default=0.1, help="share of the positions at the end (default: 0.1)")

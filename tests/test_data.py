@@ -34,14 +34,16 @@ def test_the_world_is_the_same_on_every_machine():
     assert digest.hexdigest()[:16] == WORLD_DIGEST
 
 
-def test_unseen_words_are_all_known_from_seen_classes():
-    for seed in range(5):
+def test_unseen_classes_are_new_pairs_of_known_words_and_one_unknown_colour():
+    for seed in range(6):
         unseen = world.unseen(seed)
         things = [c for c in unseen if c in world.THINGS]
-        assert len(things) == 5 and len(unseen) == 6
-        assert {w for c in things for w in c.split()} == {*world.COLOURS, *world.SHAPES}
+        assert len(things) == 8 and len(unseen) == 9 and unseen == [c for c in world.CLASSES if c in unseen]
         seen = [c for c in world.CLASSES if c not in unseen]
-        assert {w for c in unseen for w in c.split()} <= {w for c in seen for w in c.split()}
+        unknown, = {w for c in unseen for w in c.split()} - {w for c in seen for w in c.split()}
+        assert unknown in world.COLOURS
+        pairs = [c.split() for c in things if unknown not in c]
+        assert len(pairs) == 4 and len({c for c, _ in pairs}) == 4 and len({s for _, s in pairs}) == 4
     assert world.unseen(0) != world.unseen(1)
 
 

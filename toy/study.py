@@ -13,30 +13,80 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import losses
+import model as models
+import train
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "toy.jsonl"
 
+SEG_ONLY = ["--sgd-weight", "0", "--sam-weight", "0"]
 ROWS = {  # row: (what it is, flags of train.py); every row but the first changes the default in one respect
     "full": ("the default: CSH, n = 1, SGD and SAM", []),
-    "no-sgd-sam": ("segmentation loss alone", ["--sgd-weight", "0", "--sam-weight", "0"]),
+    "seg": ("segmentation loss alone", SEG_ONLY),
+    "linear": ("control: linear projection behind the same adapter and LayerNorm", ["--head", "linear"]),
+    "linear-seg": ("the same control, segmentation loss alone", ["--head", "linear", *SEG_ONLY]),
+    "linear-plain": ("the linear control without the LayerNorm", ["--head", "linear"]),
+    "random": ("control: frozen random weights of CSH's shape", ["--head", "random"]),
+    "unfrozen": ("CSH with its CLIP part trained", []),
     "no-sgd": ("without SGD", ["--sgd-weight", "0"]),
     "no-sam": ("without SAM", ["--sam-weight", "0"]),
-    "linear": ("control: linear projection behind the same adapter and LayerNorm", ["--head", "linear"]),
-    "linear-no-sgd-sam": ("the same control, segmentation loss alone",
-                          ["--head", "linear", "--sgd-weight", "0", "--sam-weight", "0"]),
-    "random": ("control: frozen random weights of CSH's shape", ["--head", "random"]),
     "n0": ("n = 0: adapter, ln_post and proj only", ["--frozen-blocks", "0"]),
     "n2": ("n = 2", ["--frozen-blocks", "2"]),
     "n4": ("n = 4: all blocks of the tiny CLIP", ["--frozen-blocks", "4"]),
-    "all-k": ("k = N throughout: every position distilled", ["--k-schedule", "constant", "--k-end", "1"]),
-    "fixed-k": ("k = N / 10 throughout", ["--k-schedule", "constant", "--k-end", "0.1"]),
-    "no-bank": ("no bank of earlier CLS embeddings", ["--bank", "0"]),
     "attention-vv": ("attention between like values", ["--attention", "vv"]),
     "attention-self": ("each token attends to itself", ["--attention", "self"]),
     "positional": ("CLIP's positions added to the tokens", ["--positional"]),
+    "all-k": ("k = N throughout: every position distilled", ["--k-schedule", "constant", "--k-end", "1"]),
+    "fixed-k-0.3": ("k = 0.3 N throughout", ["--k-schedule", "constant", "--k-end", "0.3"]),
+    "fixed-k-0.1": ("k = 0.1 N throughout", ["--k-schedule", "constant", "--k-end", "0.1"]),
+    "k-end-0.02": ("k falls to 0.02 N", ["--k-end", "0.02"]),
+    "k-cosine": ("k falls along a cosine", ["--k-schedule", "cosine"]),
+    "random-k": ("k positions at random, not the most similar", []),
+    "per-feature": ("1 − cosine of each of the k features, no contrast", []),
+    "no-bank": ("no bank of earlier CLS embeddings", ["--bank", "0"]),
+    "sam-bce": ("SAM by binary cross-entropy", []),
     "nel": ("focal + dice instead of cross-entropy", ["--seg-loss", "nel"]),
+    "tau-0.07": ("τ = 0.07 instead of CLIP's own", ["--temperature", "0.07"]),
+    "sgd-0.2": ("λ_sgd = 0.2", ["--sgd-weight", "0.2"]),
+    "strict": ("images that hold unseen classes dropped", ["--strict"]),
+}
+
+
+def of_built(change):
+    """A change of the model that train.py has built."""
+    build = models.build
+
+    def changed(*args, **config):
+        model = build(*args, **config)
+        change(model)
+        return model
+    models.build = changed
+
+
+def random_prototype(z, c, k):
+    z = z.flatten(2)  # (B, D, N)
+    chosen = torch.rand(z[:, 0].shape, device=z.device).topk(k, dim=1).indices
+    return F.normalize(z.gather(2, chosen[:, None].expand(-1, z.shape[1], -1)).mean(2), dim=1)
+
+
+def per_feature_loss(z, c, k, bank=None, tau=None):
+    return 1 - torch.einsum("bdn,bd->bn", z.flatten(2), c).topk(k, dim=1).values.mean()
+
+
+VARIANTS = {  # rows that no flag of train.py makes
+    "linear-plain": lambda: of_built(lambda model: setattr(model.head.adapter, "norm", torch.nn.Identity())),
+    "unfrozen": lambda: of_built(lambda model: model.head.clip.requires_grad_(True)),
+    "random-k": lambda: setattr(losses, "global_prototype", random_prototype),
+    "per-feature": lambda: setattr(losses, "sgd_loss", per_feature_loss),
+    "sam-bce": lambda: setattr(losses, "sam_loss", partial(losses.sam_loss, kind="bce")),
 }
 
 
@@ -49,7 +99,8 @@ def run(row, seed, steps):
     """One run of train.py in a process of one thread -> its line for results/toy.jsonl."""
     out = ROOT / "runs" / "study" / f"{row}-{seed}"
     (out / "metrics.json").unlink(missing_ok=True)
-    command = ["train.py", *ROWS[row][1], "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
+    program = ["-m", "toy.study", "--train", row] if row in VARIANTS else ["train.py"]
+    command = [*program, *ROWS[row][1], "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
     start = time.time()
     place = ["--out-dir", str(out), "--workers", "0", "--device", "cpu"]
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
@@ -102,6 +153,10 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--train"]:  # one run of a row that is in VARIANTS
+        VARIANTS[sys.argv[2]]()
+        evaluate.run_command(train.main, lambda: train.parse(sys.argv[3:]))
+        sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,7 +1,8 @@
 """The embedded default's world: scenes of coloured shapes on textured grounds, with names that compose.
 
-20 things (colour × shape) and 6 stuff classes (tone × material); 5 things and 1 stuff class are unseen, chosen so
-that each of their words is known from other classes: "red" and "cross" are seen, "red cross" is not.
+20 things (colour × shape) and 6 stuff classes (tone × material); 8 things and 1 stuff class are unseen, of two kinds:
+new pairs of known words ("red" and "cross" are seen, "red cross" is not), and all things of one colour, a word that no
+mask explains.
 Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
 
     python -m toy.world            # writes data/toy (train.py does it by itself)
@@ -30,11 +31,11 @@ TRAIN, VAL = 4000, 500  # scenes
 
 
 def unseen(seed=0):
-    """One thing of every colour, every shape at least once, and one stuff class; another seed, another assignment."""
+    """All things of one colour, one thing of each other colour (no shape twice), one stuff class; by the seed."""
     rng = np.random.RandomState(seed)
-    shapes = rng.permutation(len(SHAPES))
-    things = [f"{colour} {SHAPES[shapes[i % len(SHAPES)]]}" for i, colour in enumerate(COLOURS)]
-    return things + [STUFF[rng.randint(len(STUFF))]]
+    *others, hidden = rng.permutation(list(COLOURS))
+    things = [f"{hidden} {shape}" for shape in SHAPES] + [f"{c} {s}" for c, s in zip(others, rng.permutation(SHAPES))]
+    return [c for c in CLASSES if c in things or c == STUFF[seed % len(STUFF)]]
 
 
 def _inside(shape, u, v):
