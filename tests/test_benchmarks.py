@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import evaluate
+import pictures
 import sources
 import train
 from losses import cross_entropy_loss
@@ -37,11 +38,11 @@ def write(image, mask, values, size, palette=True):
         top, left = 4 + i // 2 * 28, 4 + i % 2 * 28
         labels[top:top + 24, left:left + 24] = 255
         labels[top + 1:top + 23, left + 1:left + 23] = value
-    colours = np.array(data.palette(), np.uint8)[labels]
+    colours = np.array(pictures.palette(), np.uint8)[labels]
     Image.fromarray(colours).save(image, quality=95)
     labels = Image.fromarray(labels)
     if palette:  # as VOC has them; the others are plain grey
-        labels.putpalette(np.array(data.palette(), np.uint8).flatten().tolist())
+        labels.putpalette(np.array(pictures.palette(), np.uint8).flatten().tolist())
     labels.save(mask)
 
 
@@ -431,7 +432,7 @@ class ByColour(torch.nn.Module):
 
     def __init__(self, K):
         super().__init__()
-        self.colours = torch.tensor(data.palette()[1:K + 1]) / 255
+        self.colours = torch.tensor(pictures.palette()[1:K + 1]) / 255
 
     def logits(self, images):
         scores = -10 * (images[:, None] - self.colours[None, :, :, None, None]).norm(dim=2)

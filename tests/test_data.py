@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import data
+import pictures
 import sources
 from toy import world
 
@@ -124,8 +125,8 @@ def test_val_parts_have_no_repeats(small_world):
 
 
 def test_palette_is_vocs():
-    assert data.palette()[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert data.palette()[15] == (192, 128, 128) and len(set(data.palette())) == 256
+    assert pictures.palette()[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert pictures.palette()[15] == (192, 128, 128) and len(set(pictures.palette())) == 256
 
 
 def rgb_mask(root):

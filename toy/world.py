@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import pictures
+
 COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.70, 0.20), "blue": (0.15, 0.30, 0.90),
            "yellow": (0.90, 0.85, 0.15), "purple": (0.60, 0.20, 0.75)}
 SHAPES = ("circle", "square", "cross", "ring")
@@ -108,7 +110,6 @@ def draw(rng, max_things=3):
 
 def write(root, seed=0, train=TRAIN, val=VAL):
     """Writes the world under `root` in the layout of one's own data (see data.py); the whole folder or nothing."""
-    from data import save_mask
     root = Path(root)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -120,7 +121,7 @@ def write(root, seed=0, train=TRAIN, val=VAL):
         for name in names:
             image, mask, _ = draw(rng)
             Image.fromarray(image).save(partial / "images" / f"{name}.png", compress_level=1)
-            save_mask(mask, partial / "masks" / f"{name}.png")
+            pictures.save_mask(mask, partial / "masks" / f"{name}.png")
         (partial / f"{split}.txt").write_text("\n".join(names) + "\n")
     (partial / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     (partial / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
