@@ -306,11 +306,13 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="toy, voc, coco-stuff, context or a folder")
-    parser.add_argument("--data-root", help="where it lies (default: data/NAME)")
-    parser.add_argument("--split", choices=CONTEXT_SPLITS, help="of context (default: zs3)")
-    parser.add_argument("--picture", default="data_check.png", help="where the sample is drawn (default: %(default)s)")
-    parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 into the root first")
+    group = parser.add_argument_group("data").add_argument
+    group("--dataset", required=True, help="toy, voc, coco-stuff, context, or a folder in the README's layout")
+    group("--data-root", metavar="FOLDER", help="where it lies (default: data/NAME, or the folder itself)")
+    group("--split", choices=CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
+    group("--download", action="store_true", help="voc: fetch VOC 2012 (2 GB) into the root first")
+    group("--picture", default="data_check.png", metavar="FILE", help="gets a training and a test sample with their "
+          "labels (default: %(default)s)")
     return parser.parse_args(argv)
 
 

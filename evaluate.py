@@ -1,9 +1,10 @@
 """Evaluates a run: one joint confusion matrix over all labelled pixels, seen and unseen classes together.
 
     python evaluate.py                      # the newest run under runs/
-    python evaluate.py --run runs/toy
+    python evaluate.py --run runs/voc --unseen-only --save-predictions maps
     torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun takes --run for its own
 
+Prints a line a class, γ = 0 beside the calibrated column; writes metrics.json and preview.png.
 Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
 """
 import argparse
@@ -292,7 +293,7 @@ def report(result, model, source, device, out):
     preview(model, source, device, out / "preview.png")
     curves(out)
     print(table(result, source))
-    print(f"wrote {out}/metrics.json, preview.png and, of a run, curves.png", flush=True)
+    print(f"wrote {out}/metrics.json and preview.png", flush=True)
 
 
 def run_command(main, parse):
@@ -330,18 +331,21 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="run folder (default: the newest under runs/)")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint instead of a run's last.pt")
-    parser.add_argument("--dataset", help="another data set than the run's own")
-    parser.add_argument("--data-root", help="where it lies")
-    parser.add_argument("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes")
-    parser.add_argument("--gamma", type=float, help="calibration in logits (default: the run's own, from seen labels)")
-    parser.add_argument("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the "
-                        "unseen classes alone, under that name: no joint figure")
-    parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write NAME.png of each test image, class "
-                        "indexes in a palette, γ = 0")
-    parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group = parser.add_argument_group("what is tested").add_argument
+    group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
+    group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
+    group("--dataset", help="toy, voc, coco-stuff, context or a folder (default: the run's own)")
+    group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
+    group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: as in training)")
+    group("--device", help="cpu or cuda (default: cuda if there is one)")
+    group = parser.add_argument_group("how it is scored, what is written").add_argument
+    group("--gamma", type=float, help="taken off seen classes' logits in the calibrated column (default: the run's "
+          "own, from seen training labels)")
+    group("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the unseen classes "
+          "alone, under that name: no joint figure")
+    group("--save-predictions", type=Path, metavar="FOLDER", help="write NAME.png of each test image, class indexes in "
+          "a palette, γ = 0 (default: none)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder)")
     return parser.parse_args(argv)
 
 

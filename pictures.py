@@ -14,25 +14,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 IGNORE = 255
 LONGEST, SHORTEST = 1600, 640  # pixels of an overlay's long side: text stays legible, files stay small
-PAINT = 0.55  # of the class's colour over the picture
+PAINT = 0.5  # of the class's colour over the picture
 LINES = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (148, 103, 189))  # of the curves
 PANELS = (("loss", "loss_seg", "loss_sgd", "loss_sam"), ("hIoU", "mIoU_seen", "mIoU_unseen"), ("lr",), ("k",))
 
 
 def palette():
-    """VOC's colour map, 256 RGB triples: the bits of the index spread over the colours' high bits."""
-    colours = []
-    for i in range(256):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= (i >> channel & 1) << (7 - bit)
-            i >>= 3
-        colours.append(tuple(rgb))
-    return colours
+    """255 RGB triples, neither dark nor glaring; each is as far as can be from all before it."""
+    level = np.linspace(40, 235, 9)
+    free = np.stack(np.meshgrid(level, level, level), -1).reshape(-1, 3)
+    free = free[(free.max(1) > 140) & (free.min(1) < 140) & (free.sum(1) < 540)]
+    chosen, gap = [np.array((210, 55, 55))], np.inf
+    while len(chosen) < IGNORE:
+        gap = np.minimum(gap, (free - chosen[-1]) ** 2 @ (2, 4, 3))  # the eye's weights of red, green and blue
+        chosen.append(free[gap.argmax()])
+    return [tuple(colour) for colour in np.round(chosen).astype(int).tolist()]
 
 
-COLOURS = palette()[1:] + [(255, 255, 255)]  # of class k: VOC's k + 1, as its black is hard to see; 255 is white
+COLOURS = palette() + [(255, 255, 255)]  # of class k; 255 is white
 
 
 def coloured(labels):
@@ -89,7 +88,7 @@ def sheet(rows, titles, shown, source, side=192):
         write(ImageDraw.Draw(canvas), (i * side + 4, 3), title, 12, fill="black")
     for row in rows:
         size = (side, max(round(side * row[0].shape[1] / row[0].shape[2]), 1))
-        above, canvas = canvas, Image.new("RGB", (canvas.width, canvas.height + size[1]))
+        above, canvas = canvas, Image.new("RGB", (canvas.width, canvas.height + size[1] + 3), "white")
         canvas.paste(above)
         for i, tile in enumerate(row):
             canvas.paste(as_image(tile).resize(size, Image.NEAREST), (i * side, above.height))

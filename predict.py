@@ -138,7 +138,7 @@ def parse(argv=None):
                         "picture of the run's data set: a scene of the toy world after a bare `python train.py`")
     group = parser.add_argument_group("classes").add_argument
     group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (in classes.txt: a line a "
-          "class, synonyms by commas); default: the run's own")
+          "class, synonyms by commas) (default: the run's own)")
     group("--other", action="store_true", help=f'also set "{OTHER}" against them; what it wins gets no class')
     group("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels less like their class's words get no "
           "class, -1 to 1; try 0.3 (default: -1, every pixel gets a class)")
@@ -146,7 +146,7 @@ def parse(argv=None):
           "these swallow new names (default: 0; evaluate.py prints the run's calibrated γ)")
     group = parser.add_argument_group("run").add_argument
     group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
-    group("--out-dir", type=Path, metavar="FOLDER", help="(default: predictions/ in the run folder)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")
     return parser.parse_args(argv)
 

@@ -233,37 +233,38 @@ def resume(out, model, optimizer, config):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = "default: the data set's recipe"
+    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipe = "(default: the data set's recipe)"
 
     group = parser.add_argument_group("data and run").add_argument
     group("--dataset", default="toy", help="toy, voc, coco-stuff, context, or a folder in the README's layout "
           "(default: toy)")
-    group("--data-root", help="where the data set lies (default: data/NAME)")
+    group("--data-root", metavar="FOLDER", help="where the data set lies (default: data/NAME, or the folder itself)")
     group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
     group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")
-    group("--out-dir", type=Path, help="run folder (default: runs/<dataset>)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")
 
     group = parser.add_argument_group("model").add_argument
-    group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file; {recipe}")
-    group("--body", choices=models.BODIES, help=recipe)
-    group("--stride", type=int, choices=(8, 16), help="output stride of a torchvision body (default: 8)")
+    group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file {recipe}")
+    group("--body", choices=models.BODIES, metavar="NAME", help=f"{', '.join(models.BODIES)} {recipe}")
+    group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, torchvision bodies only (default: 8)")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
     group("--head", choices=("csh", "linear", "random"), default="csh",
-          help="csh; controls: linear (no CLIP in it), random (CSH's shape, random frozen weights)")
+          help="controls: linear (no CLIP in it), random (CSH's shape, random frozen weights) (default: csh)")
     group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head (default: 1)")
     group("--attention", choices=("qk", "vv", "self"), default="qk", help="inside those blocks (default: qk)")
-    group("--positional", action="store_true", help="add CLIP's positional table to the head's tokens")
+    group("--positional", action="store_true", help="add CLIP's positional table to the head's tokens (default: not)")
 
     group = parser.add_argument_group("schedule").add_argument
-    group("--steps", type=int, help=recipe)
-    group("--batch-size", type=int, help=f"images a step, over all processes; {recipe}")
-    group("--lr", type=float, help=f"AdamW's peak rate; {recipe}")
-    group("--crop", type=int, help=f"training crop, pixels a side; {recipe}")
+    group("--steps", type=int, help=f"optimiser steps {recipe}")
+    group("--batch-size", type=int, help=f"images a step, over all processes {recipe}")
+    group("--lr", type=float, help=f"AdamW's peak rate {recipe}")
+    group("--crop", type=int, help=f"training crop, pixels a side {recipe}")
 
     group = parser.add_argument_group("losses").add_argument
     group("--seg-loss", choices=("ce", "nel"), default="ce", help="cross-entropy, or focal + dice (default: ce)")

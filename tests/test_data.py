@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import data
-import pictures
 import sources
 from toy import world
 
@@ -122,11 +121,6 @@ def test_val_parts_have_no_repeats(small_world):
     source = sources.open_folder(small_world, "toy", world.TEMPLATES, sources.TOY)
     parts = [[name for *_, name in data.ValSet(source, (r, 3))] for r in range(3)]
     assert sorted(sum(parts, [])) == sorted(name for name, *_ in source.val)
-
-
-def test_palette_is_vocs():
-    assert pictures.palette()[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert pictures.palette()[15] == (192, 128, 128) and len(set(pictures.palette())) == 256
 
 
 def rgb_mask(root):

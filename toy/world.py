@@ -4,7 +4,8 @@
 that each of their words is known from other classes: "red" and "cross" are seen, "red cross" is not.
 Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
 
-    python -m toy.world            # writes data/toy (train.py does it by itself)
+    python -m toy.world                              # writes data/toy (train.py does it by itself)
+    python -m toy.world --root data/other --seed 1   # other scenes, another choice of unseen classes
 """
 import argparse
 import math
@@ -132,9 +133,9 @@ def write(root, seed=0, train=TRAIN, val=VAL):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="write the embedded default's world")
-    parser.add_argument("--root", default="data/toy")
-    parser.add_argument("--seed", type=int, default=0, help="another seed: other scenes, other unseen classes")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/toy", metavar="FOLDER", help="must not exist (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and unseen classes (default: 0)")
     args = parser.parse_args()
     write(args.root, args.seed)
     print(f"wrote {args.root}: {TRAIN} + {VAL} scenes, {len(CLASSES)} classes, unseen: {', '.join(unseen(args.seed))}")
