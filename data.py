@@ -1,4 +1,4 @@
-"""What training and test see of a data set: reading, transforms, loaders, the data check, palettes.
+"""What training and test see of a data set: reading, transforms, loaders, the data check.
 
     python data.py --dataset voc --download             # fetches VOC 2012, and says what is still missing
     python data.py --dataset voc --data-root data/voc   # the data check: counts, a picture, what is wrong
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
+import pictures
 from sources import CONTEXT_SPLITS, IGNORE, INVALID, DataError, download_voc, open_dataset
 
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
@@ -29,13 +30,24 @@ NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 # ---------------------------------------------------------------- reading and transforms
 
 
-def read_image(path):
-    """File -> uint8 RGB (3, H, W)."""
+def read_image(path, upright=False):
+    """File -> uint8 RGB (3, H, W). `upright`: turned as the camera noted in EXIF, which masks do not follow."""
     try:
         with Image.open(path) as image:
-            return tv_tensors.Image(TF.pil_to_tensor(image.convert("RGB")))
+            return tv_tensors.Image(TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image {path} ({error}): replace it or take it off the list") from None
+
+
+def rgb(image):
+    """Any Pillow image -> RGB: 16 bits are scaled, where Pillow would cut at 255; what is transparent becomes white."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float32)
+        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def read_values(path):
@@ -252,8 +264,8 @@ def check(source, picture=None):
         seen[:len(source.seen)] = torch.tensor(source.seen)
         rows = [(sample[0], seen[sample[1].long()]), test]
         shown = {k for _, labels in rows for k in labels.unique().tolist()}
-        draw([[image, coloured(labels)] for image, labels in rows], ("image", "labels (white: no class)"), shown,
-             source).save(picture)
+        rows = [[image, pictures.coloured(labels)] for image, labels in rows]
+        pictures.sheet(rows, ("image", "labels (white: no class)"), shown, source).save(picture)
     return remarks
 
 
@@ -276,57 +288,6 @@ def check_values(source, part, masks):
         raise DataError(f"{these} hold {K}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}")
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def palette():
-    """VOC's colour map, 256 RGB triples: the bits of the index spread over the colours' high bits."""
-    colours = []
-    for i in range(256):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= (i >> channel & 1) << (7 - bit)
-            i >>= 3
-        colours.append(tuple(rgb))
-    return colours
-
-
-def coloured(labels):
-    """Class indexes (H, W) -> uint8 picture (3, H, W); class k has colour k + 1, as black is hard to see."""
-    return torch.tensor(palette()[1:] + [(255, 255, 255)], dtype=torch.uint8)[labels.long()].permute(2, 0, 1)
-
-
-def draw(rows, titles, shown, source, side=192):
-    """Rows of uint8 pictures (3, H, W), one column a title -> a sheet with the `shown` classes' colours below.
-
-    Unseen classes have a *."""
-    strips = []
-    for row in rows:
-        height = round(side * row[0].shape[1] / row[0].shape[2])
-        strips.append(torch.cat([TF.resize(tile, [height, side], TF.InterpolationMode.NEAREST) for tile in row], dim=2))
-    canvas = TF.to_pil_image(torch.cat(strips, dim=1))
-    shown = sorted(k for k in shown if k < len(source.classes))
-    columns, line = len(titles), 16
-    sheet = Image.new("RGB", (canvas.width, 20 + canvas.height + line * -(-len(shown) // columns) + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, title in enumerate(titles):
-        pen.text((i * side + 4, 4), title, fill="black")
-    sheet.paste(canvas, (0, 20))
-    for i, k in enumerate(shown):
-        x, y = i % columns * side + 4, 20 + canvas.height + 6 + i // columns * line
-        pen.rectangle((x, y, x + 10, y + 10), fill=palette()[k + 1])
-        pen.text((x + 16, y - 1), source.classes[k][:24] + (" *" if k in source.unseen else ""), fill="black")
-    return sheet
-
-
-def save_mask(mask, path):
-    """uint8 (H, W) array of class indexes -> palette PNG in the colours of `coloured`."""
-    image = Image.fromarray(mask, "L")
-    image.putpalette([channel for colour in palette()[1:] + [(255, 255, 255)] for channel in colour])
-    image.save(path)
-
-
 # ---------------------------------------------------------------- command
 
 
@@ -345,11 +306,13 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="toy, voc, coco-stuff, context or a folder")
-    parser.add_argument("--data-root", help="where it lies (default: data/NAME)")
-    parser.add_argument("--split", choices=CONTEXT_SPLITS, help="of context (default: zs3)")
-    parser.add_argument("--picture", default="data_check.png", help="where the sample is drawn (default: %(default)s)")
-    parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 into the root first")
+    group = parser.add_argument_group("data").add_argument
+    group("--dataset", required=True, help="toy, voc, coco-stuff, context, or a folder in the README's layout")
+    group("--data-root", metavar="FOLDER", help="where it lies (default: data/NAME, or the folder itself)")
+    group("--split", choices=CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
+    group("--download", action="store_true", help="voc: fetch VOC 2012 (2 GB) into the root first")
+    group("--picture", default="data_check.png", metavar="FILE", help="gets a training and a test sample with their "
+          "labels (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,10 @@
 """Evaluates a run: one joint confusion matrix over all labelled pixels, seen and unseen classes together.
 
     python evaluate.py                      # the newest run under runs/
-    python evaluate.py --run runs/toy
+    python evaluate.py --run runs/voc --unseen-only --save-predictions maps
     torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun takes --run for its own
 
+Prints a line a class, γ = 0 beside the calibrated column; writes metrics.json and preview.png.
 Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
 """
 import argparse
@@ -21,10 +22,11 @@ from torchvision.transforms.v2 import functional as TF
 import clip
 import data
 import model as models
+import pictures
 from losses import world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
-CHUNK = 16  # classes upsampled at a time: memory does not grow with the number of classes
+CHUNK, SCORES = 16, 2 ** 25  # classes, and their pixels, upsampled at a time: memory does not grow with the classes
 ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
 
 
@@ -39,10 +41,12 @@ def windows(size, window, stride):
 
 
 @torch.inference_mode()
-def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None):
+def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None,
+            floor=-torch.inf):
     """uint8 image (3, H, W) -> {γ: int64 label map (H, W)}, argmax over all classes of logit − γ·[class is seen].
 
     seen    bool (K,), the classes that γ lowers (γ in logits)
+    floor   where the largest is lower, the label is IGNORE
     Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default."""
     H, W = out_size or image.shape[1:]
     image = image.float()[None] / 255
@@ -58,8 +62,9 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
             tiles.append((top, left, *tile.shape[2:], model.logits(tile)))
     best = {gamma: (torch.full((H, W), -torch.inf, device=image.device),
                     torch.zeros(H, W, dtype=torch.long, device=image.device)) for gamma in gammas}
-    for first in range(0, len(seen), CHUNK):
-        part = slice(first, first + CHUNK)
+    chunk = max(min(CHUNK, SCORES // max(h * w, H * W)), 1)
+    for first in range(0, len(seen), chunk):
+        part = slice(first, first + chunk)
         if len(tiles) == 1:
             scores = F.interpolate(tiles[0][4][:, part].float(), (h, w), mode="bilinear", align_corners=False)
         else:
@@ -76,7 +81,7 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
             score, k = (scores[0] - gamma * seen[part, None, None]).max(0)
             better = score > top_score
             top_score[better], label[better] = score[better], k[better] + first
-    return {gamma: label for gamma, (_, label) in best.items()}
+    return {gamma: label.masked_fill(score < floor, data.IGNORE) for gamma, (score, label) in best.items()}
 
 
 # ---------------------------------------------------------------- metrics
@@ -166,7 +171,7 @@ def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
         for g, prediction in maps.items():
             matrices[g] += confusion(truth.to(device), prediction, K)
         if predictions:
-            data.save_mask(maps[0.0].byte().cpu().numpy(), predictions / f"{name}.png")
+            pictures.save_mask(maps[0.0].byte().cpu().numpy(), predictions / f"{name}.png")
     model.train(was_training)
     if world_size() > 1:
         for matrix in matrices.values():
@@ -218,9 +223,15 @@ def preview(model, source, device, path, images=6):
         maps = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)
         prediction = maps[0.0].cpu()
         shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
-        rows.append([image, data.coloured(truth), data.coloured(prediction)])
-    sheet = data.draw(rows, ("image", "truth", "prediction"), shown, source)
+        rows.append([image, pictures.coloured(truth), pictures.coloured(prediction)])
+    sheet = pictures.sheet(rows, ("image", "truth", "prediction"), shown, source)
     atomic(path, lambda partial: sheet.save(partial, "PNG"))
+
+
+def curves(out):
+    """Draws a run's log.jsonl, if there is one, as curves.png."""
+    if (log := out / "log.jsonl").exists():
+        atomic(out / "curves.png", lambda partial: pictures.curves(log).save(partial, "PNG"))
 
 
 def atomic(path, write):
@@ -280,6 +291,7 @@ def report(result, model, source, device, out):
     out.mkdir(parents=True, exist_ok=True)
     atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     preview(model, source, device, out / "preview.png")
+    curves(out)
     print(table(result, source))
     print(f"wrote {out}/metrics.json and preview.png", flush=True)
 
@@ -319,18 +331,21 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="run folder (default: the newest under runs/)")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint instead of a run's last.pt")
-    parser.add_argument("--dataset", help="another data set than the run's own")
-    parser.add_argument("--data-root", help="where it lies")
-    parser.add_argument("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes")
-    parser.add_argument("--gamma", type=float, help="calibration in logits (default: the run's own, from seen labels)")
-    parser.add_argument("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the "
-                        "unseen classes alone, under that name: no joint figure")
-    parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write NAME.png of each test image, class "
-                        "indexes in a palette, γ = 0")
-    parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group = parser.add_argument_group("what is tested").add_argument
+    group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
+    group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
+    group("--dataset", help="toy, voc, coco-stuff, context or a folder (default: the run's own)")
+    group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
+    group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: as in training)")
+    group("--device", help="cpu or cuda (default: cuda if there is one)")
+    group = parser.add_argument_group("how it is scored, what is written").add_argument
+    group("--gamma", type=float, help="taken off seen classes' logits in the calibrated column (default: the run's "
+          "own, from seen training labels)")
+    group("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the unseen classes "
+          "alone, under that name: no joint figure")
+    group("--save-predictions", type=Path, metavar="FOLDER", help="write NAME.png of each test image, class indexes in "
+          "a palette, γ = 0 (default: none)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder)")
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,8 @@
     python train.py --dataset my_data --body resnet50         # own data, see README
     torchrun --nproc-per-node 4 train.py --dataset my_data    # one process a GPU
 
-Writes last.pt, config.json, log.jsonl, metrics.json, preview.png and data.png (a training sample as the losses
-see it, and a test sample) into runs/<dataset>/.
+Writes last.pt, config.json, log.jsonl, curves.png, metrics.json, preview.png and data.png (a training sample as the
+losses see it, and a test sample) into runs/<dataset>/. Ctrl-C saves; the same command with --resume goes on.
 """
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def main(args):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
-    inductive = "pixels of unseen classes are hidden from every loss, their images kept"
+    inductive = "inductive: pixels of unseen classes are hidden from every loss, their images kept"
     if args.strict:
         kept = [data.without_unseen(source, args.workers) if first_rank else None]
         if ranks > 1:
@@ -61,6 +62,9 @@ def main(args):
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in ("workers", "device", "out_dir", "resume")}
+    sides = [recipe.short_side] * 2 if recipe.short_side else [round(recipe.crop * factor) for factor in recipe.scale]
+    config |= {"classes": source.classes, "unseen": sorted(source.unseen), "templates": list(source.templates),
+               "test": {"sides": sides, "window": recipe.window, "stride": recipe.stride}}  # all that predict.py needs
     out = args.out_dir or Path("runs") / Path(args.dataset).name
     if first_rank:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,13 +95,15 @@ def main(args):
         log = open(out / "log.jsonl", "a" if args.resume else "w", buffering=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    say(f"data    {args.dataset}: {len(source.train)} training images, {len(source.val)} test images, "
-        f"{len(source.seen)} seen classes, {len(source.unseen)} unseen\n"
-        f"        {inductive}\n"
-        f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; "
-        f"teacher {args.clip}\n"
-        f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type} "
-        f"({'bf16' if device.type == 'cuda' else 'fp32'}), into {out}/", flush=True)
+    names = [source.classes[k].split(",")[0] for k in sorted(source.unseen)]
+    say(f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images\n"
+        f"split   {len(source.seen)} seen classes, {len(names)} unseen"
+        f"{': ' * bool(names)}{', '.join(names[:6])}{' …' * (len(names) > 6)}\n"
+        f"mode    {inductive}\n"
+        f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M "
+        f"frozen; teacher {args.clip}\n"
+        f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type}, "
+        f"{'bf16' if device.type == 'cuda' else 'fp32'}, into {out}/", flush=True)
 
     # ---- the loop
     stop = []  # a first Ctrl-C or SIGTERM saves and ends after the step under way, a second one ends at once
@@ -105,7 +111,7 @@ def main(args):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     segmentation_loss = losses.cross_entropy_loss if args.seg_loss == "ce" else losses.nel_loss
     model.train()
-    start = time.time()
+    start, warm = time.time(), None
     for step, (images, labels) in enumerate(loader, first_step):
         torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # a body that draws does so alike when resumed
         for group, full in zip(optimizer.param_groups, full_lr):
@@ -141,10 +147,14 @@ def main(args):
                 numbers /= ranks
             total, seg, sgd, sam, _ = numbers.tolist()
             seconds = time.time() - start
-            eta = seconds / (step + 1 - first_step) * (args.steps - step - 1)
+            pace = (seconds - warm[1]) / (step - warm[0]) if warm else seconds / (step + 1 - first_step)  # s a step
+            eta = timedelta(seconds=round(pace * (args.steps - step - 1)))
+            if warm and step - warm[0] <= LOG_EVERY:  # the first step, which starts all up, is left out
+                say(f"time    {pace:.2f} s a step, about {eta} to go, then the test")
+            warm = warm or (step, seconds)
             lr = optimizer.param_groups[-1]["lr"]
             say(f"step {step:5d}/{args.steps}  loss {total:.3f}  seg {seg:.3f}  sgd {sgd:.3f}  sam {sam:.3f}  "
-                f"k {k:4d}  lr {lr:.1e}  eta {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
+                f"k {k:4d}  lr {lr:.1e}  eta {eta}", flush=True)
             if not total == total < float("inf"):
                 raise models.ModelError(f"loss {total} at step {step} (seg {seg}, sgd {sgd}, sam {sam}): lower --lr")
             if first_rank:
@@ -152,6 +162,7 @@ def main(args):
                                       "k": k, "lr": lr, "seconds": round(seconds, 2)}) + "\n")
         if first_rank and (stopping or step % SAVE_EVERY == SAVE_EVERY - 1):
             save(out / "last.pt", model, optimizer, step + 1, bank, None, config)
+            evaluate.curves(out)
         if stopping:
             say(f"stopped after step {step}, saved as {out}/last.pt: the same command with --resume goes on")
             return None
@@ -164,8 +175,10 @@ def main(args):
     result = evaluate.evaluate(model, source, device, gamma)
     result |= {"dataset": source.name, "checkpoint": str(out / "last.pt")}
     if first_rank:
+        scores = {key: result["gamma_0"][key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")}
+        log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")
         evaluate.report(result, model, source, device, out)
-        print(f"trained and tested in {time.time() - start:.0f} s")
+        print(f"trained and tested in {time.time() - start:.0f} s; next: python predict.py PICTURE --run {out}")
     if ranks > 1:
         dist.destroy_process_group()
     return result
@@ -220,37 +233,38 @@ def resume(out, model, optimizer, config):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = "default: the data set's recipe"
+    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipe = "(default: the data set's recipe)"
 
     group = parser.add_argument_group("data and run").add_argument
     group("--dataset", default="toy", help="toy, voc, coco-stuff, context, or a folder in the README's layout "
           "(default: toy)")
-    group("--data-root", help="where the data set lies (default: data/NAME)")
+    group("--data-root", metavar="FOLDER", help="where the data set lies (default: data/NAME, or the folder itself)")
     group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
     group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")
-    group("--out-dir", type=Path, help="run folder (default: runs/<dataset>)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")
 
     group = parser.add_argument_group("model").add_argument
-    group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file; {recipe}")
-    group("--body", choices=models.BODIES, help=recipe)
-    group("--stride", type=int, choices=(8, 16), help="output stride of a torchvision body (default: 8)")
+    group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file {recipe}")
+    group("--body", choices=models.BODIES, metavar="NAME", help=f"{', '.join(models.BODIES)} {recipe}")
+    group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, torchvision bodies only (default: 8)")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
     group("--head", choices=("csh", "linear", "random"), default="csh",
-          help="csh; controls: linear (no CLIP in it), random (CSH's shape, random frozen weights)")
+          help="controls: linear (no CLIP in it), random (CSH's shape, random frozen weights) (default: csh)")
     group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head (default: 1)")
     group("--attention", choices=("qk", "vv", "self"), default="qk", help="inside those blocks (default: qk)")
-    group("--positional", action="store_true", help="add CLIP's positional table to the head's tokens")
+    group("--positional", action="store_true", help="add CLIP's positional table to the head's tokens (default: not)")
 
     group = parser.add_argument_group("schedule").add_argument
-    group("--steps", type=int, help=recipe)
-    group("--batch-size", type=int, help=f"images a step, over all processes; {recipe}")
-    group("--lr", type=float, help=f"AdamW's peak rate; {recipe}")
-    group("--crop", type=int, help=f"training crop, pixels a side; {recipe}")
+    group("--steps", type=int, help=f"optimiser steps {recipe}")
+    group("--batch-size", type=int, help=f"images a step, over all processes {recipe}")
+    group("--lr", type=float, help=f"AdamW's peak rate {recipe}")
+    group("--crop", type=int, help=f"training crop, pixels a side {recipe}")
 
     group = parser.add_argument_group("losses").add_argument
     group("--seg-loss", choices=("ce", "nel"), default="ce", help="cross-entropy, or focal + dice (default: ce)")

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import evaluate
+import pictures
 import sources
 import train
 from losses import cross_entropy_loss
@@ -29,6 +30,14 @@ def raw_value(name, k):
     return PROTOCOL["coco-stuff"]["raw_ids"][k] if name == "coco-stuff" else k + 1
 
 
+def voc_colour(i):
+    """VOC's colour map: the bits of i spread over the high bits of red, green and blue."""
+    return [sum((i >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
+
+
+VOC_COLOURS = np.array([voc_colour(i) for i in range(256)], np.uint8)
+
+
 def write(image, mask, values, size, palette=True):
     """A JPEG in the colours of its mask: blocks of up to four raw values, each with a void border, on values[0]."""
     H, W = size
@@ -37,11 +46,10 @@ def write(image, mask, values, size, palette=True):
         top, left = 4 + i // 2 * 28, 4 + i % 2 * 28
         labels[top:top + 24, left:left + 24] = 255
         labels[top + 1:top + 23, left + 1:left + 23] = value
-    colours = np.array(data.palette(), np.uint8)[labels]
-    Image.fromarray(colours).save(image, quality=95)
+    Image.fromarray(VOC_COLOURS[labels]).save(image, quality=95)
     labels = Image.fromarray(labels)
     if palette:  # as VOC has them; the others are plain grey
-        labels.putpalette(np.array(data.palette(), np.uint8).flatten().tolist())
+        labels.putpalette(VOC_COLOURS.flatten().tolist())
     labels.save(mask)
 
 
@@ -431,7 +439,7 @@ class ByColour(torch.nn.Module):
 
     def __init__(self, K):
         super().__init__()
-        self.colours = torch.tensor(data.palette()[1:K + 1]) / 255
+        self.colours = torch.tensor(VOC_COLOURS[1:K + 1]) / 255
 
     def logits(self, images):
         scores = -10 * (images[:, None] - self.colours[None, :, :, None, None]).norm(dim=2)
@@ -452,7 +460,7 @@ def test_unseen_only_is_another_metric_beside_the_joint_one(trees, tmp_path):
         image, truth, name = truths[i]
         scores = model.logits(image[None].float() / 255)[0]
         saved = Image.open(tmp_path / "maps" / f"{name}.png")
-        assert saved.mode == "P" and saved.getpalette()[:6] == [128, 0, 0, 0, 128, 0]
+        assert saved.mode == "P" and saved.getpalette()[:6] == [*pictures.COLOURS[0], *pictures.COLOURS[1]]
         assert np.array_equal(np.asarray(saved), scores.argmax(0).byte().numpy())
         pixels = torch.isin(truth, torch.tensor(unseen))
         there.append(truth[pixels])

@@ -47,20 +47,24 @@ def test_train_leaves_what_the_readme_says(run):
     out, text = run
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"step", "loss", "loss_seg", "loss_sgd", "loss_sam", "k", "lr", "seconds"} <= set(log[0])
-    assert log[0]["k"] == 256 and log[-1]["k"] == 26 and log[-1]["step"] == 7
+    assert log[0]["k"] == 256 and log[-2]["k"] == 26 and log[-2]["step"] == 7
     assert log[0]["loss"] == pytest.approx(sum(log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")), abs=1e-5)
     result = json.loads((out / "metrics.json").read_text())
     assert set(result) == {"gamma_0", "calibrated", "dataset", "images", "checkpoint"}
+    assert log[-1]["step"] == 8 and log[-1]["hIoU"] == result["gamma_0"]["hIoU"]
     assert set(result["gamma_0"]) == {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU"}
     assert set(result["calibrated"]) == {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU", "gamma"}
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert json.loads((out / "config.json").read_text())["frozen_blocks"] == 1
     assert Image.open(out / "preview.png").size[0] == 3 * 192
     assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "metrics.json", "config.json", "preview.png",
-                                             "data.png"}
+                                             "data.png", "curves.png"}
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
     assert "hIoU" in text and "eta" in text
+    assert re.match("data .*20 training images, 5 test images\nsplit .*20 seen classes, 6 unseen: .*\nmode .*inductive"
+                    ".*\nmodel .*small body, csh head: .* trained, .* frozen.*\nrun .*8 steps of 6 images on 1 × cpu, "
+                    "fp32", text[text.index("data "):])
 
 
 def test_checkpoint_is_small_plain_and_without_clip(run):

@@ -125,11 +125,6 @@ def test_val_parts_have_no_repeats(small_world):
     assert sorted(sum(parts, [])) == sorted(name for name, *_ in source.val)
 
 
-def test_palette_is_vocs():
-    assert data.palette()[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert data.palette()[15] == (192, 128, 128) and len(set(data.palette())) == 256
-
-
 def rgb_mask(root):
     Image.open(root / "masks/train_00003.png").convert("RGB").save(root / "masks/train_00003.png")
 

@@ -20,7 +20,7 @@ def test_links_and_flags_exist():
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
         assert (ROOT / link).exists(), link
     usage = "".join(subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
-                                   check=True).stdout for script in ("train.py", "evaluate.py", "data.py"))
+                                   check=True).stdout for script in ("train.py", "evaluate.py", "data.py", "predict.py"))
     known = set(re.findall(r"--[a-z-]+", usage)) | {"--nproc-per-node"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known | {"--rows", "--seeds", "--render"}
 

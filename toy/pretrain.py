@@ -4,7 +4,8 @@ Names of unseen classes occur in captions, as they do in the real CLIP's; which 
 The committed file was made in stages while the world changed: toy/clip.json has the commands.
 Saved in OpenAI's state-dict format in fp16, so `clip.load` reads it like any other CLIP.
 
-    python -m toy.pretrain         # 9000 steps took 35 minutes on two CPU cores
+    python -m toy.pretrain                                     # 9000 steps took 35 minutes on two CPU cores
+    python -m toy.pretrain --init toy/clip.pt --steps 1000 --out clip.pt    # goes on, writes clip.pt and clip.json
 """
 import argparse
 import json
@@ -139,15 +140,17 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="train the embedded default's tiny CLIP",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--scenes", type=int, default=30000, help="training scenes")
-    parser.add_argument("--init", type=Path, help="go on from this file instead of random weights")
-    parser.add_argument("--test-scenes", type=int, default=1000, help="scenes of one thing, from another seed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
-    parser.add_argument("--out", type=Path, default=HERE / "clip.pt")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("schedule").add_argument
+    group("--steps", type=int, default=9000, help="optimiser steps (default: %(default)s)")
+    group("--batch-size", type=int, default=64, help="scenes a step (default: %(default)s)")
+    group("--lr", type=float, default=1e-3, help="AdamW's peak rate (default: %(default)s)")
+    group("--init", type=Path, metavar="FILE", help="go on from this CLIP (default: random weights)")
+    group = parser.add_argument_group("scenes and run").add_argument
+    group("--scenes", type=int, default=30000, help="for training (default: %(default)s)")
+    group("--test-scenes", type=int, default=1000, help="of one thing, from another seed (default: %(default)s)")
+    group("--seed", type=int, default=0, help="of scenes, weights and order (default: %(default)s)")
+    group("--workers", type=int, default=2, help="processes that draw scenes (default: %(default)s)")
+    group("--out", type=Path, default=HERE / "clip.pt", metavar="FILE", help="the CLIP; its record goes beside it, "
+          "ending in .json (default: toy/clip.pt)")
     main(parser.parse_args())

@@ -5,7 +5,8 @@ new pairs of known words ("red" and "cross" are seen, "red cross" is not), and a
 mask explains.
 Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
 
-    python -m toy.world            # writes data/toy (train.py does it by itself)
+    python -m toy.world                              # writes data/toy (train.py does it by itself)
+    python -m toy.world --root data/other --seed 1   # other scenes, another choice of unseen classes
 """
 import argparse
 import math
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+import pictures
 
 COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.70, 0.20), "blue": (0.15, 0.30, 0.90),
            "yellow": (0.90, 0.85, 0.15), "purple": (0.60, 0.20, 0.75)}
@@ -109,7 +112,6 @@ def draw(rng, max_things=3):
 
 def write(root, seed=0, train=TRAIN, val=VAL):
     """Writes the world under `root` in the layout of one's own data (see data.py); the whole folder or nothing."""
-    from data import save_mask
     root = Path(root)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +123,7 @@ def write(root, seed=0, train=TRAIN, val=VAL):
         for name in names:
             image, mask, _ = draw(rng)
             Image.fromarray(image).save(partial / "images" / f"{name}.png", compress_level=1)
-            save_mask(mask, partial / "masks" / f"{name}.png")
+            pictures.save_mask(mask, partial / "masks" / f"{name}.png")
         (partial / f"{split}.txt").write_text("\n".join(names) + "\n")
     (partial / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     (partial / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
@@ -132,9 +134,9 @@ def write(root, seed=0, train=TRAIN, val=VAL):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="write the embedded default's world")
-    parser.add_argument("--root", default="data/toy")
-    parser.add_argument("--seed", type=int, default=0, help="another seed: other scenes, other unseen classes")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/toy", metavar="FOLDER", help="must not exist (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and unseen classes (default: 0)")
     args = parser.parse_args()
     write(args.root, args.seed)
     print(f"wrote {args.root}: {TRAIN} + {VAL} scenes, {len(CLASSES)} classes, unseen: {', '.join(unseen(args.seed))}")

@@ -1,0 +1,155 @@
+"""Labels pictures with any words: every pixel gets the class whose words are nearest to it.
+
+    python predict.py                                               # a test picture, the run's own classes
+    python predict.py photo.jpg holiday/ --classes "cat, sofa|couch, potted plant" --other
+
+For each picture: NAME.overlay.png (colours, names and shares over it), NAME.mask.png (class indexes in a palette, 255:
+none) and NAME.json (shares of the classes). A file that is no picture is named and skipped; the exit status is then 1.
+
+    from predict import segment
+    labels, names = segment("photo.jpg", "cat, sofa|couch, potted plant")   # uint8 (H, W), 255: none; 3 names
+"""
+import argparse
+import json
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import data
+import evaluate
+import pictures
+from sources import plain
+
+OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
+ENLARGED = 8  # times, at most: a strip of a picture would else need any amount of memory
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder
+
+
+def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None):
+    """Path or uint8 tensor (3, H, W) -> uint8 labels (H, W), 255 where no class is, and the K class names.
+
+    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default
+    run         run folder or checkpoint; the newest under runs/ by default. It stays loaded for the next call
+    other       also sets OTHER against the classes; what it wins is 255
+    threshold   cosine of pixel and words below which a pixel is 255
+    gamma       taken off the logits of classes that the run trained on
+    Raises DataError, ModelError, CLIPError."""
+    model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
+                                      evaluate.pick_device(device))
+    if not isinstance(image, torch.Tensor):
+        image = data.read_image(image, upright=True).as_subclass(torch.Tensor)
+    short, (low, high) = min(image.shape[1:]), config["test"]["sides"]  # short sides that the body knows from training
+    short = min(max(short, min(low, ENLARGED * short)), high)
+    labels = evaluate.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
+                              config["test"]["stride"], image.shape[1:], threshold / model.tau)[gamma]
+    return labels.masked_fill(labels >= len(names), data.IGNORE).byte().cpu(), names
+
+
+def split(classes):
+    """"cat, sofa|couch" or ["cat", "sofa|couch"] -> ["cat", "sofa,couch"], as classes.txt writes them."""
+    parts = classes.split(",") if isinstance(classes, str) else classes
+    names = [",".join(word.strip() for word in part.split("|") if word.strip()) for part in parts]
+    names = [name for name in names if name]
+    firsts = [name.split(",")[0] for name in names]
+    if not 0 < len(set(firsts)) == len(names) < data.INVALID:
+        raise data.DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to "
+                             f'{data.INVALID - 1}, each once, such as "cat, sofa|couch"')
+    return names
+
+
+def written(run):
+    """Run folder, checkpoint or None -> checkpoint and when it was written, so that a newer one is not passed over."""
+    path = Path(run) if run else evaluate.newest_run()
+    path = path / "last.pt" if path.is_dir() else path
+    return path, path.stat().st_mtime if path.is_file() else None
+
+
+@lru_cache(1)
+def load(checkpoint, _, classes, other, device):
+    """-> model that tells the classes apart, their names, bool (K,) which the run trained on, the run's config."""
+    model, config, _ = evaluate.load_run(checkpoint, device)
+    classes = list(classes or config["classes"])
+    trained = {plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
+               for word in name.split(",")}
+    model.set_classes(classes + [OTHER] * other, config["templates"])
+    seen = [any(plain(word) in trained for word in name.split(",")) for name in classes] + [False] * other
+    return model, [name.split(",")[0].strip() for name in classes], torch.tensor(seen, device=device), config
+
+
+def find(paths):
+    """Files and folders -> the files, and those of the folders that end like pictures."""
+    files = []
+    for path in paths:
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise data.DataError(f"no picture in {path}: expected files that end in {', '.join(SUFFIXES)}")
+        files += inside
+    return files
+
+
+def write(image, labels, names, out, stem, about):
+    """The three files of one picture -> {class: share of the pixels}, with "none" if some have no class."""
+    pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
+    share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
+    none = pixels[data.IGNORE] / labels.numel()
+    about |= {"width": labels.shape[1], "height": labels.shape[0], "classes": share, "none": none}
+    evaluate.atomic(out / f"{stem}.overlay.png", lambda path: pictures.overlay(image, labels, names).save(path, "PNG"))
+    evaluate.atomic(out / f"{stem}.mask.png", lambda path: pictures.save_mask(labels.numpy(), path))
+    evaluate.atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
+    return share | ({"none": none} if none else {})
+
+
+def main(args):
+    checkpoint, _ = written(args.run)
+    out = args.out_dir or checkpoint.parent / "predictions"
+    files = find(args.pictures)
+    if not files:
+        config = evaluate.read_checkpoint(checkpoint)["config"]
+        files = [Path(data.open_dataset(config["dataset"], config["data_root"], config["split"]).val[0][1])]
+        print(f"no picture named: a test picture of {config['dataset']}")
+    skipped, stems = 0, set()
+    for file in files:
+        try:
+            image = data.read_image(file, upright=True).as_subclass(torch.Tensor)
+        except data.DataError as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            skipped += 1
+            continue
+        labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device)
+        stem, n = file.stem, 1
+        while stem in stems:  # a.jpg and a.png, or a.jpg of two folders
+            stem, n = f"{file.stem}-{n + 1}", n + 1
+        stems.add(stem)
+        out.mkdir(parents=True, exist_ok=True)
+        share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
+        most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
+        most = [f"{name} {pictures.percent(share[name])}" for name in most[:5]] + ["…"] * (len(most) > 5)
+        print(f"{file}: {', '.join(most)}\n"
+              f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
+    if skipped:
+        raise data.DataError(f"{skipped} of {len(files)} pictures skipped")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE|FOLDER", help="by default the first test "
+                        "picture of the run's data set: a scene of the toy world after a bare `python train.py`")
+    group = parser.add_argument_group("classes").add_argument
+    group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (in classes.txt: a line a "
+          "class, synonyms by commas) (default: the run's own)")
+    group("--other", action="store_true", help=f'also set "{OTHER}" against them; what it wins gets no class')
+    group("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels less like their class's words get no "
+          "class, -1 to 1; try 0.3 (default: -1, every pixel gets a class)")
+    group("--gamma", type=float, default=0.0, help="taken off the logits of classes that the run trained on, where "
+          "these swallow new names (default: 0; evaluate.py prints the run's calibrated γ)")
+    group = parser.add_argument_group("run").add_argument
+    group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
+    group("--device", help="cpu or cuda (default: cuda if there is one)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    evaluate.run_command(main, parse)
