@@ -5,6 +5,10 @@
 Any body whose forward maps normalised images to (B, C, h, w), with `out_channels` = C, will do.
 Symbols: B images, C body channels, D joint width, K classes, h×w the dense grid.
 """
+import contextlib
+import hashlib
+import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -147,32 +151,45 @@ def build_body(name, weights="default", stride=None):
 # ---------------------------------------------------------------- segmenter
 
 
-def text_embeddings(encode_text, names, templates):
+@torch.no_grad()
+def text_embeddings(clip_model, names, templates):
     """Class names -> t (K, D), unit length. Each template's embedding is normalised, their mean normalised again.
 
-    Synonyms in a name are separated by commas; they are averaged like templates (METHOD's protocol)."""
-    rows = []
-    for name in names:
-        texts = [template.format(word.strip()) for word in name.split(",") for template in templates]
-        rows.append(F.normalize(encode_text(clip.tokenize(texts)).float(), dim=-1).mean(0))
-    return F.normalize(torch.stack(rows), dim=-1)
+    Synonyms in a name are separated by commas; they are averaged like templates (FIELD). Kept in clip.CACHE under the
+    hash of all that they are made of: 171 classes in 15 templates take ViT-B/16's text tower half a minute on a CPU."""
+    texts = [[template.format(word.strip()) for word in name.split(",") for template in templates] for name in names]
+    content = hashlib.sha256(repr(texts).encode())
+    for name, p in clip_model.named_parameters():
+        if not name.startswith("visual."):
+            content.update(p.cpu().numpy().tobytes())
+    path = clip.CACHE / f"text-{content.hexdigest()[:32]}.pt"
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception:  # not there yet, or damaged
+        t = [F.normalize(clip_model.encode_text(clip.tokenize(rows)).float(), dim=-1).mean(0) for rows in texts]
+        t = F.normalize(torch.stack(t), dim=-1).cpu()
+    with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written is no cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save(t, unfinished)
+        unfinished.replace(path)
+    return t
 
 
 class ChimeraSeg(nn.Module):
     """body + head + text embeddings `t` (K, D), a buffer that `set_classes` fills and may refill at any time."""
 
-    def __init__(self, body, head, encode_text, tau):
+    def __init__(self, body, head, clip_model, tau):
         super().__init__()
         self.body, self.head, self.tau = body, head, tau
-        self.encode_text = encode_text  # a bound method, so CLIP is no submodule: not trained, not saved, not moved
+        self.embed = partial(text_embeddings, clip_model)  # so CLIP is no submodule: not trained, not saved, not moved
         self.register_buffer("t", torch.empty(0), persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    @torch.no_grad()
     def set_classes(self, names, templates):
         """The classes that `logits` tells apart from now on: K names, each put into every template."""
-        self.t = text_embeddings(self.encode_text, names, templates).to(self.mean.device)
+        self.t = self.embed(names, templates).to(self.mean.device)
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> dense features z (B, D, h, w), unit length over D."""
@@ -219,4 +236,4 @@ def build(clip_model, *, body="small", body_weights="default", stride=None, head
         head = CSH(visual, body.out_channels, frozen_blocks, attention, positional)
     else:
         raise ModelError(f"no head {head!r}: choose csh, linear or random")
-    return ChimeraSeg(body, head, clip_model.encode_text, temperature or 1 / clip_model.logit_scale.exp().item())
+    return ChimeraSeg(body, head, clip_model, temperature or 1 / clip_model.logit_scale.exp().item())

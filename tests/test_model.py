@@ -113,6 +113,21 @@ def test_set_classes_at_any_time(tiny_clip):
     assert model.logits(torch.rand(1, 3, 32, 32)).shape == (1, 3, 8, 8)
 
 
+def test_text_embeddings_are_cached_by_content(tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "CACHE", tmp_path)
+    encode, calls = tiny_clip.encode_text, []
+    monkeypatch.setattr(tiny_clip, "encode_text", lambda tokens: calls.append(1) or encode(tokens))
+    first = models.text_embeddings(tiny_clip, ["cat", "dog"], ["a {}"])
+    assert len(calls) == 2
+    assert torch.equal(models.text_embeddings(tiny_clip, ["cat", "dog"], ["a {}"]), first) and len(calls) == 2
+    assert torch.equal(models.text_embeddings(tiny_clip, ["dog", "cat"], ["a {}"]), first.flip(0)) and len(calls) == 4
+    kept, = [path for path in tmp_path.iterdir() if torch.equal(torch.load(path), first)]
+    kept.write_bytes(b"damaged")
+    assert torch.equal(models.text_embeddings(tiny_clip, ["cat", "dog"], ["a {}"]), first) and len(calls) == 6
+    tiny_clip.text_projection[0, 0] += 1  # another CLIP
+    assert not torch.equal(models.text_embeddings(tiny_clip, ["cat", "dog"], ["a {}"]), first) and len(calls) == 8
+
+
 @pytest.mark.parametrize("name", models.BODIES)
 def test_bodies(name, tiny_clip):
     model = models.build(tiny_clip, body=name, body_weights="none").train()

@@ -19,8 +19,9 @@ def test_line_counts_are_true():
 def test_links_and_flags_exist():
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
         assert (ROOT / link).exists(), link
-    usage = "".join(subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
-                                   check=True).stdout for script in ("train.py", "evaluate.py", "data.py", "predict.py"))
+    scripts = [ROOT / name for name in ("train.py", "evaluate.py", "data.py", "predict.py")]
+    usage = "".join(subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True,
+                                   check=True).stdout for script in scripts)
     known = set(re.findall(r"--[a-z-]+", usage)) | {"--nproc-per-node"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known | {"--rows", "--seeds", "--render"}
 
