@@ -20,6 +20,7 @@ from model import ModelError
 
 MAY_CHANGE = ("data_root", "lr")  # by --resume, with a remark; other settings would make another run of the rest
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "gamma": float | None, "config": dict}
+PLAIN = str | int | float | None
 SETTINGS = {"clip": str, "dataset": str, "data_root": str | None, "split": str | None, "body": str, "head": str,
             "stride": int | None, "frozen_blocks": int, "attention": str, "positional": bool, "temperature": float}
 
@@ -97,6 +98,8 @@ def _read(path):
         for key, kind in SETTINGS.items():
             if not isinstance(saved["config"].get(key), kind):
                 raise TypeError(f"its setting {key} is {str(saved['config'].get(key))[:40]!r}")
+        if strange := [key for key, value in saved["config"].items() if not isinstance(value, PLAIN)]:
+            raise TypeError(f"its setting {strange[0]} is no plain value")
         clip.check_tensors({**saved["model"], "bank": saved["bank"]}, path)
     except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
         with open(path, "rb") as file:
@@ -116,12 +119,15 @@ def resume(out, model, optimizer, config):
     for key in config:
         if (was := saved["config"].get(key)) != config[key]:
             change = f"{key} was {str(was)[:60]}, is {config[key]}"
-            remarks.append(f"allowed: {change}") if key in MAY_CHANGE else refused.append(change)
+            if key in MAY_CHANGE:
+                remarks.append(f"resume  allowed: {change}")
+            else:
+                refused.append(change)
     if refused:
         raise ModelError(f"{path} cannot be resumed with other settings: {', '.join(refused)}: use the former ones, "
                          "or train anew into another --out-dir")
     if (was := saved.get("processes", 1)) != world_size():
-        remarks.append(f"allowed: {was} processes before, {world_size()} now: the same batches, sums rounded otherwise")
+        remarks.append(f"resume  allowed: {was} processes before, {world_size()} now: the same batches, other rounding")
     model.load_trained_state(saved["model"])
     try:
         optimizer.load_state_dict(saved["optimizer"])

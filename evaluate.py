@@ -30,6 +30,7 @@ from losses import world_size
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 CHUNK = 16  # classes upsampled at a time: memory does not grow with the number of classes
 ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
+SIGNALS = []  # those that train.py's loop has taken note of
 
 
 # ---------------------------------------------------------------- prediction
@@ -244,6 +245,8 @@ def load_run(checkpoint, device):
 def pick_device(name=None):
     """cpu, or this process's GPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -264,7 +267,8 @@ def run_command(main, parse):
     """Runs main(parse()); what the user can mend ends in one line instead of a traceback.
 
     Of several processes only the one with the cause is to speak. torchrun ends the others as soon as one has ended, so
-    that each but the first waits to be ended before it speaks; those that only lost a connection wait longest."""
+    that each but the first waits for that before it speaks; those that only lost a connection wait longest, or not at
+    all where torchrun's signal has come before the loss."""
     args, patience = parse(), 5 if int(os.environ.get("RANK", 0)) else 0  # seconds
     try:
         return main(args)
@@ -280,6 +284,8 @@ def run_command(main, parse):
             message += ": out of memory? try fewer --workers"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", message, re.IGNORECASE):
             message, patience = f"another process of this run has ended, its own message says why ({message})", 15
+            if SIGNALS:
+                sys.exit(1)
         else:
             raise
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -323,7 +329,7 @@ def parse(argv=None):
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write NAME.png of each test image, class "
                         "indexes in a palette, γ = 0")
     parser.add_argument("--out-dir", type=Path, help="where metrics.json and preview.png go (default: the run folder)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu or cuda (default: cuda if there is one)")
     return parser.parse_args(argv)
 
 

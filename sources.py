@@ -185,7 +185,7 @@ def open_folder(root, name, templates, recipe):
     if not classes:
         raise DataError(f"{root}/classes.txt is empty: expected a class a line")
     if unknown := [c for c in unseen if c not in classes]:
-        raise DataError(f"{root}/unseen.txt names {unknown[0]!r}, which is not a line of classes.txt")
+        raise DataError(f"{root}/unseen.txt names {unknown[0][:60]!r}, which is not a line of classes.txt")
     if len(set(unseen)) == len(classes):
         raise DataError(f"{root}/unseen.txt names every class: nothing is left to train on")
     images, masks = list_files(root / "images", (".jpg", ".jpeg", ".png")), list_files(root / "masks", (".png",))
@@ -224,5 +224,5 @@ def pair_up(names, images, masks, source):
     for kind, files in (("image", images), ("mask", masks)):
         if missing := [name for name in names if name not in files]:
             more = f" (and for {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise DataError(f"{source} names {missing[0]!r}, but no {kind} of that name exists{more}")
+            raise DataError(f"{source} names {missing[0][:60]!r}, but no {kind} of that name exists{more}")
     return [(name, images[name], masks[name]) for name in names]

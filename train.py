@@ -35,6 +35,9 @@ BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of 
 MAX_GRADIENT_NORM = 1.0  # OURS
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOG_EVERY = 20  # steps
+RANGES = {"steps": (1, 10**8), "batch_size": (1, 10**5), "crop": (8, 10**4), "save_every": (1, 10**8), "lr": (0, 100),
+          "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "bank": (0, 10**6), "temperature": (1e-6, 1e6),
+          "sgd_weight": (0, 1e6), "sam_weight": (0, 1e6)}  # of flags: outside, nothing sensible can happen
 NOT_SAVED = ("workers", "device", "deterministic", "out_dir", "resume", "save_every")  # flags that change no batch
 
 
@@ -46,7 +49,6 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first_rank = rank == 0
     say = print if first_rank else lambda *_, **__: None
-    torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may round differently each time
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
 
@@ -55,9 +57,10 @@ def main(args):
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
-    for key in ("steps", "batch_size", "crop", "save_every"):
-        if getattr(args, key) < 1:
-            raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected 1 or more")
+    for key, (low, high) in RANGES.items():
+        if not low <= getattr(args, key) <= high:
+            raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
+    torch.manual_seed(args.seed)
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
     inductive = "pixels of unseen classes are hidden from every loss, their images kept"
     if args.strict:
@@ -68,11 +71,11 @@ def main(args):
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+    remarks = []
     out = args.out_dir or Path("runs") / Path(args.dataset).name
     if first_rank:
         out.mkdir(parents=True, exist_ok=True)
-        for remark in data.check(source, out / "data.png"):
-            print(remark, flush=True)
+        checkpoint.atomic(out / "data.png", lambda partial: remarks.extend(data.check(source, partial)))
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)
@@ -81,9 +84,10 @@ def main(args):
     teacher.visual.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr), fused=True)
     full_lr = [group["lr"] for group in optimizer.param_groups]
-    first_step, bank, remarks = 0, torch.empty(0, model.t.shape[1]), []
+    first_step, bank = 0, torch.empty(0, model.t.shape[1])
     if args.resume:
-        first_step, bank, remarks = checkpoint.resume(out, model, optimizer, config)
+        first_step, bank, changes = checkpoint.resume(out, model, optimizer, config)
+        remarks += changes
     bank = bank.to(device)  # (M, D), CLS embeddings of earlier images
     if ranks > 1:
         if device.type == "cuda":
@@ -96,13 +100,17 @@ def main(args):
     loader = DataLoader(data.TrainSet(source, recipe, args.seed), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     if first_rank:
-        if not args.resume and (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "former.pt")
-            remarks = [f"{out}/last.pt of the run before is now former.pt, until the second save of this one"]
         checkpoint.atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-        log = open(out / "log.jsonl", "a" if args.resume else "w", buffering=1)
+        if not args.resume:
+            if (out / "last.pt").exists():
+                os.replace(out / "last.pt", out / "former.pt")
+                remarks.append(f"{out}/last.pt of the run before is now former.pt, until this one's second save")
+            checkpoint.atomic(out / "log.jsonl", lambda path: path.touch())
+        log = open(out / "log.jsonl", "a", buffering=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    for remark in remarks:
+        say(remark)
     say(f"data    {args.dataset}: {len(source.train)} training images, {len(source.val)} test images, "
         f"{len(source.seen)} seen classes, {len(source.unseen)} unseen\n"
         f"        {inductive}\n"
@@ -110,15 +118,14 @@ def main(args):
         f"teacher {args.clip}\n"
         f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type} "
         f"({'bf16' if device.type == 'cuda' else 'fp32'}), into {out}/", flush=True)
-    for remark in remarks:
-        say(f"resume  {remark}" if args.resume else remark, flush=True)
 
     def save(step, gamma=None):
         if first_rank:
             checkpoint.save(out, model, optimizer, step, bank, gamma, config)
 
     # ---- the loop
-    stop, stopping = [], False
+    stop, stopping = evaluate.SIGNALS, False
+    stop.clear()
 
     def on_signal(number, _):
         """The run saves and ends after the step under way. Launchers repeat signals; only a typed one may insist."""
@@ -264,7 +271,7 @@ def parse(argv=None):
           "operations that it has no such version of")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
-    group("--device", help="cpu or cuda (default: cuda if there is one)")
+    group("--device", choices=("cpu", "cuda"), help="cpu or cuda (default: cuda if there is one)")
 
     group = parser.add_argument_group("model").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file; {recipe}")
