@@ -10,7 +10,10 @@ Test needs the body, the head and cached text embeddings; CLIP's image tower bey
 import argparse
 import json
 import os
+import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,11 +26,13 @@ import clip
 import data
 import model as models
 import pictures
+from checkpoint import atomic, from_first_process, newest_run, read_checkpoint
 from losses import world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 CHUNK, SCORES = 16, 2 ** 25  # classes, and their pixels, upsampled at a time: memory does not grow with the classes
 ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
+SIGNALS = []  # those that train.py's loop has taken note of
 
 
 # ---------------------------------------------------------------- prediction
@@ -234,33 +239,12 @@ def curves(out):
         atomic(out / "curves.png", lambda partial: pictures.curves(log).save(partial, "PNG"))
 
 
-def atomic(path, write):
-    """Calls write(temporary path beside `path`), then renames: readers see the old file or the whole new one."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 # ---------------------------------------------------------------- command
-
-
-def read_checkpoint(path):
-    """last.pt of train.py -> dict of plain values and tensors; nothing in the file is run. Raises ModelError."""
-    if not Path(path).is_file():
-        raise models.ModelError(f"no checkpoint {path}: train one with python train.py")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"], saved["model"], saved["gamma"], saved["step"]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:100]
-        raise models.ModelError(f"{path} is no checkpoint of train.py, or is damaged "
-                                f"({type(error).__name__}: {reason})") from None
-    return saved
 
 
 def load_run(checkpoint, device):
     """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError."""
-    saved = read_checkpoint(checkpoint)
+    saved = from_first_process(lambda: read_checkpoint(checkpoint))
     config = saved["config"]
     clip_model = clip.load(config["clip"])
     model = models.build(clip_model, **{**config, "body_weights": "none"})
@@ -269,16 +253,11 @@ def load_run(checkpoint, device):
     return model.to(device).eval(), config, saved["gamma"]
 
 
-def newest_run(root="runs"):
-    found = sorted(Path(root).glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise models.ModelError(f"no run under {root}/: train one with python train.py, or name --checkpoint FILE")
-    return found[-1]
-
-
 def pick_device(name=None):
     """cpu, or this process's GPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -297,26 +276,46 @@ def report(result, model, source, device, out):
 
 
 def run_command(main, parse):
-    """Runs main(parse()); what the user can mend ends in one line instead of a traceback."""
-    args = parse()
+    """Runs main(parse()); what the user can mend ends in one line instead of a traceback.
+
+    Of several processes only the one with the cause is to speak. torchrun ends the others as soon as one has ended, so
+    that each but the first waits for that before it speaks; those that only lost a connection wait longest, or not at
+    all where torchrun's signal has come before the loss."""
+    args, patience = parse(), 5 if int(os.environ.get("RANK", 0)) else 0  # seconds
     try:
-        main(args)
-    except ERRORS as error:
+        return main(args)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except (*ERRORS, OSError) as error:  # OSError: a full disk, a folder that may not be written
         message = str(error).strip()
         if "Traceback" in message:  # from a loader process: the message itself is the last line
             message = message.split("\n")[-1].split("Error: ", 1)[-1]
-        sys.exit(f"error: {message}")
+    except RuntimeError as error:
+        message = str(error).strip().split("\n")[0]
+        if message.startswith("DataLoader worker"):
+            message += ": out of memory? try fewer --workers"
+        elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", message, re.IGNORECASE):
+            message, patience = f"another process of this run has ended, its own message says why ({message})", 15
+            if SIGNALS:
+                sys.exit(1)
+        else:
+            raise
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(patience)
+    sys.exit(f"error: {message}")
 
 
 def main(args):
     device = pick_device(args.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else newest_run())
+    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else from_first_process(newest_run))
     model, config, gamma = load_run(checkpoint, device)
-    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or
-                               (None if args.dataset else config["data_root"]),
-                               args.split or (None if args.dataset else config.get("split")))
+    own = {} if args.dataset else config
+    if own.get("data_root") and not args.data_root and not Path(own["data_root"]).is_dir():  # it is not drawn there
+        raise data.DataError(f"the run's data set is no longer in {own['data_root']}: give --data-root")
+    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or own.get("data_root"),
+                               args.split or own.get("split"))
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma

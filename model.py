@@ -216,7 +216,7 @@ class ChimeraSeg(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def build(clip_model, *, body="small", body_weights="default", stride=None, head="csh", frozen_blocks=1,
+def build(clip_model, /, *, body="small", body_weights="default", stride=None, head="csh", frozen_blocks=1,
           attention="qk", positional=False, temperature=None, **_):
     """The segmenter from plain values; other keys are passed over, so that a run's whole config may be given.
 

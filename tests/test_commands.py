@@ -57,8 +57,8 @@ def test_train_leaves_what_the_readme_says(run):
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert json.loads((out / "config.json").read_text())["frozen_blocks"] == 1
     assert Image.open(out / "preview.png").size[0] == 3 * 192
-    assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "metrics.json", "config.json", "preview.png",
-                                             "data.png", "curves.png"}
+    assert {p.name for p in out.iterdir()} == {"last.pt", "former.pt", "log.jsonl", "metrics.json", "config.json",
+                                             "preview.png", "data.png", "curves.png"}
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
     assert "hIoU" in text and "eta" in text
@@ -97,8 +97,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, root, tiny_clip_file)
     assert process.returncode == 0 and "--resume goes on" in rest
     stopped = torch.load(root / "resumed/last.pt", weights_only=True)["step"]
     assert 0 < stopped < 8
-    refused = command("train.py", *args, "--resume", "--lr", "0.5", ok=False)
-    assert "lr was 0.003, is 0.5" in refused.stderr and "Traceback" not in refused.stderr
+    refused = command("train.py", *args, "--resume", "--seed", "5", ok=False)
+    assert "seed was 0, is 5" in refused.stderr and "Traceback" not in refused.stderr
     command("train.py", *args, "--resume")
     ours, whole = (torch.load(folder / "last.pt", weights_only=True) for folder in (root / "resumed", run[0]))
     assert all(torch.equal(ours["model"][key], value) for key, value in whole["model"].items())
