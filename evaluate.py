@@ -27,10 +27,10 @@ import data
 import model as models
 import pictures
 from checkpoint import atomic, from_first_process, newest_run, read_checkpoint
-from losses import world_size
+from losses import linear_weights, world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
-CHUNK, SCORES = 16, 2 ** 25  # classes, and their pixels, upsampled at a time: memory does not grow with the classes
+BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
 ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
 SIGNALS = []  # those that train.py's loop has taken note of
 
@@ -45,6 +45,20 @@ def windows(size, window, stride):
     return [*range(0, size - window, stride), size - window]
 
 
+def axis_weights(size, window, stride, cells, out):
+    """(out, n · cells): takes one axis of n windows' grids, end to end, to `out` pixels.
+
+    Bilinear in each window of `size` pixels' n, their mean where they overlap, bilinear to `out`; rows ≥ 0, sum 1."""
+    parts = []
+    for start in windows(size, window, stride):
+        part = torch.zeros(size, cells, dtype=torch.double)
+        part[start:start + window] = linear_weights(cells, min(window, size))
+        parts.append(part)
+    weights = torch.cat(parts, dim=1)
+    weights /= weights.sum(1, keepdim=True)
+    return weights if out == size else linear_weights(size, out) @ weights
+
+
 @torch.inference_mode()
 def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None,
             floor=-torch.inf):
@@ -52,7 +66,11 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
 
     seen    bool (K,), the classes that γ lowers (γ in logits)
     floor   where the largest is lower, the label is IGNORE
-    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default."""
+    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default.
+
+    All that is linear, and along each axis apart, so a score is a mean of grid logits with weights ≥ 0. In a block of
+    pixels it lies between the least and the largest logit that reach the block; a class whose largest is below another
+    one's least wins nowhere in it and is left out there. No approximation, and no (K, H, W) in memory."""
     H, W = out_size or image.shape[1:]
     image = image.float()[None] / 255
     if short_side:
@@ -60,33 +78,31 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
         size = [round(side * factor) for side in image.shape[2:]]
         image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
     h, w = image.shape[2:]
-    tiles = []  # (top, left, height, width, logits at the dense grid)
+    bands = []
     for top in windows(h, window, stride):
-        for left in windows(w, window, stride):
-            tile = image[:, :, top:top + window, left:left + window]
-            tiles.append((top, left, *tile.shape[2:], model.logits(tile)))
-    best = {gamma: (torch.full((H, W), -torch.inf, device=image.device),
-                    torch.zeros(H, W, dtype=torch.long, device=image.device)) for gamma in gammas}
-    chunk = max(min(CHUNK, SCORES // max(h * w, H * W)), 1)
-    for first in range(0, len(seen), chunk):
-        part = slice(first, first + chunk)
-        if len(tiles) == 1:
-            scores = F.interpolate(tiles[0][4][:, part].float(), (h, w), mode="bilinear", align_corners=False)
-        else:
-            scores = torch.zeros(1, len(seen[part]), h, w, device=image.device)
-            count = torch.zeros(h, w, device=image.device)
-            for top, left, th, tw, logits in tiles:
-                logits = F.interpolate(logits[:, part].float(), (th, tw), mode="bilinear", align_corners=False)
-                scores[:, :, top:top + th, left:left + tw] += logits
-                count[top:top + th, left:left + tw] += 1
-            scores /= count
-        if (h, w) != (H, W):
-            scores = F.interpolate(scores, (H, W), mode="bilinear", align_corners=False)
-        for gamma, (top_score, label) in best.items():
-            score, k = (scores[0] - gamma * seen[part, None, None]).max(0)
-            better = score > top_score
-            top_score[better], label[better] = score[better], k[better] + first
-    return {gamma: label.masked_fill(score < floor, data.IGNORE) for gamma, (score, label) in best.items()}
+        band = image[:, :, top:top + window]
+        band = model.logits(torch.cat([band[..., left:left + window] for left in windows(w, window, stride)])).float()
+        bands.append(torch.cat(list(band), dim=2))
+    logits = torch.cat(bands, dim=1)  # (K, Σh, Σw): the windows' grids side by side
+    rows = axis_weights(h, window, stride, band.shape[2], H).to(logits)  # (H, Σh)
+    columns = axis_weights(w, window, stride, band.shape[3], W).to(logits)  # (W, Σw)
+
+    labels = {gamma: torch.empty(H, W, dtype=torch.long, device=logits.device) for gamma in gammas}
+    side = BLOCK[logits.device.type]
+    for y in range(0, H, side):
+        r = rows[y:y + side]
+        for x in range(0, W, side):
+            c = columns[x:x + side]
+            part = logits[:, r.any(0)][:, :, c.any(0)]  # (K, i, j): what reaches this block
+            largest, least = part.amax((1, 2)), part.amin((1, 2))
+            wins = torch.stack([largest - gamma * seen >= (least - gamma * seen).max() for gamma in gammas])
+            k = wins.any(0).nonzero()[:, 0]  # (K',)
+            tall = r[:, r.any(0)] @ part[k]  # (K', y, j)
+            scores = c[:, c.any(0)] @ tall.permute(1, 2, 0)  # (y, x, K')
+            for gamma, label in labels.items():
+                score, winner = (scores - gamma * seen[k]).max(2)
+                label[y:y + side, x:x + side] = k[winner].masked_fill(score < floor, data.IGNORE)
+    return labels
 
 
 # ---------------------------------------------------------------- metrics

@@ -292,7 +292,7 @@ def parse(argv=None):
     group = parser.add_argument_group("model").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file {recipe}")
     group("--body", choices=models.BODIES, metavar="NAME", help=f"{', '.join(models.BODIES)} {recipe}")
-    group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, torchvision bodies only (default: 8)")
+    group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, any body but small (default: 16)")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
     group("--head", choices=("csh", "linear", "random"), default="csh",
           help="controls: linear (no CLIP in it), random (CSH's shape, random frozen weights) (default: csh)")

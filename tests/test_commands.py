@@ -219,6 +219,36 @@ def test_sliding_windows_against_a_loop(size):
     assert (got[0.0] != got[0.3]).any()
 
 
+@pytest.mark.parametrize("block", [7, 64])
+def test_no_class_that_wins_is_left_out(block, monkeypatch):
+    """Many classes, few near each place; windows, another output size, and a γ that silences the seen classes."""
+    monkeypatch.setitem(evaluate.BLOCK, "cpu", block)
+    torch.manual_seed(0)
+    field = torch.nn.functional.interpolate(torch.randn(1, 60, 4, 5), (20, 25), mode="bicubic")
+
+    class Field(torch.nn.Module):
+        def logits(self, images):  # the place stands in the picture: rows in red, columns in green
+            y, x = ((images[:, c, ::4, ::4] * 255).round() for c in (0, 1))
+            return torch.stack([field[0][:, (i / 4).long(), (j / 4).long()] for i, j in zip(y, x)])
+
+    image = torch.zeros(3, 80, 100, dtype=torch.uint8)
+    image[0], image[1] = torch.arange(80)[:, None], torch.arange(100)
+    seen, gammas, total = torch.arange(60) % 3 > 0, (0.0, 0.5, evaluate.UNSEEN_ALONE), torch.zeros(60, 80, 100)
+    count = torch.zeros(80, 100)
+    for top in (0, 30, 32):
+        for left in (0, 30, 52):
+            part = image[None, :, top:top + 48, left:left + 48].float() / 255
+            up = torch.nn.functional.interpolate(Field().logits(part), (48, 48), mode="bilinear")[0]
+            total[:, top:top + 48, left:left + 48] += up
+            count[top:top + 48, left:left + 48] += 1
+    scores = torch.nn.functional.interpolate((total / count)[None], (53, 131), mode="bilinear")[0]
+    got = evaluate.predict(Field(), image, seen, gammas, None, 48, 30, out_size=(53, 131))
+    for gamma in gammas:
+        want = (scores - gamma * seen[:, None, None]).argmax(0)
+        assert (got[gamma] == want).float().mean() > 0.999
+        assert len(want.unique()) > 10
+
+
 def test_newest_run_and_none(tmp_path):
     from model import ModelError
     with pytest.raises(ModelError, match="train one with python train.py"):
