@@ -24,7 +24,7 @@ from sources import CONTEXT_SPLITS, IGNORE, INVALID, DataError, download_voc, op
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
 CHECKED = 100  # images of each part that the data check decodes
-FORMATS = ("JPEG", "PNG")  # whatever a file is called: for some formats Pillow would start other programs
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillow would start programs
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
@@ -54,7 +54,7 @@ def rgb(image):
 def read_values(path):
     """Mask file -> raw values, uint8 array (H, W). Pillow keeps palette indexes as they are."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             if image.mode not in ("P", "L"):
                 raise DataError(f"the mask {path} is {image.mode}: expected one channel of class indexes (P or L); "
                                 "save it again without the colours")

@@ -309,7 +309,7 @@ def parse(argv=None):
     group = parser.add_argument_group("losses").add_argument
     group("--seg-loss", choices=("ce", "nel"), default="ce", help="cross-entropy, or focal + dice (default: ce)")
     group("--temperature", type=float, help="τ of text logits (default: CLIP's own)")
-    group("--sgd-weight", type=float, default=0.5, help="λ_sgd; 0 switches SGD and its teacher off (default: 0.5)")
+    group("--sgd-weight", type=float, default=0.2, help="λ_sgd; 0 switches SGD and its teacher off (default: 0.2)")
     group("--k-schedule", choices=("linear", "cosine", "constant"), default="linear",
           help="how k falls from all positions (default: linear)")
     group("--k-end", type=float, default=0.1, help="share of the positions at the end (default: 0.1)")

@@ -55,7 +55,7 @@ ROWS = {  # row: (what it is, flags of train.py); every row but the first change
     "sam-bce": ("SAM by binary cross-entropy", []),
     "nel": ("focal + dice instead of cross-entropy", ["--seg-loss", "nel"]),
     "tau-0.07": ("τ = 0.07 instead of CLIP's own", ["--temperature", "0.07"]),
-    "sgd-0.2": ("λ_sgd = 0.2", ["--sgd-weight", "0.2"]),
+    "sgd-0.5": ("λ_sgd = 0.5", ["--sgd-weight", "0.5"]),
     "strict": ("images that hold unseen classes dropped", ["--strict"]),
 }
 
