@@ -60,7 +60,7 @@ def main(args):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
     for key, (low, high) in RANGES.items():
-        if not low <= getattr(args, key) <= high:
+        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
             raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
     torch.manual_seed(args.seed)
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
