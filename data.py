@@ -24,7 +24,7 @@ from sources import CONTEXT_SPLITS, IGNORE, INVALID, DataError, download_voc, op
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
 CHECKED = 100  # images of each part that the data check decodes
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillow would start programs
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillow would start programs
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
