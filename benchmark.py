@@ -177,7 +177,7 @@ def counts(visual, device):
     image, bodies, peers = torch.rand(1, 3, SIDE, SIDE, device=device), {}, {}
     for name in models.BODIES:
         body = models.build_body(name, "none")
-        net = models.ChimeraSeg(body, models.CSH(visual, body.out_channels), None).to(device).eval()
+        net = models.ChimeraSeg(body, models.CSH(visual, body.out_channels), None, losses.TAU).to(device).eval()
         flops = gflops(net, image)
         encoder = flops.get("ChimeraSeg.body.backbone", flops["ChimeraSeg.body"])
         bodies[name] = {"trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
