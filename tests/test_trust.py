@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import checkpoint
 import clip
@@ -211,14 +211,16 @@ def test_archives_that_claim_more_than_they_hold(tmp_path, tiny_clip_file):
         clip.load(tmp_path / "bomb.pt")
 
 
-def test_pillow_starts_no_program(tmp_path):
+def test_pillow_starts_no_program(tmp_path, monkeypatch):
     """PostScript under the name of a picture: Pillow would give it to Ghostscript, which can run programs."""
-    path = tmp_path / "a.png"
+    path, started = tmp_path / "a.png", []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
     Image.new("RGB", (8, 8)).save(path, "EPS")
     assert Image.open(path).format == "EPS"
     for read in (data.read_image, data.read_values):
         with pytest.raises(data.DataError, match="a.png"):
             read(path)
+    assert not started
 
 
 def test_pipes_and_folders_among_the_data_do_not_hang(own, tmp_path):
