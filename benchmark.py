@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import data
 import evaluate
+import guard
 import losses
 import model as models
 import sources
@@ -461,4 +462,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    evaluate.run_command(main, parse)
+    guard.run_command(main, parse)

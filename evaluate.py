@@ -10,10 +10,6 @@ Test needs the body, the head and cached text embeddings; CLIP's image tower bey
 import argparse
 import json
 import os
-import re
-import signal
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import clip
 import data
+import guard
 import model as models
 import pictures
 from checkpoint import atomic, from_first_process, newest_run, read_checkpoint
@@ -31,8 +28,6 @@ from losses import linear_weights, world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
-ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
-SIGNALS = []  # those that train.py's loop has taken note of
 
 
 # ---------------------------------------------------------------- prediction
@@ -291,36 +286,6 @@ def report(result, model, source, device, out):
     print(f"wrote {out}/metrics.json and preview.png", flush=True)
 
 
-def run_command(main, parse):
-    """Runs main(parse()); what the user can mend ends in one line instead of a traceback.
-
-    Of several processes only the one with the cause is to speak. torchrun ends the others as soon as one has ended, so
-    that each but the first waits for that before it speaks; those that only lost a connection wait longest, or not at
-    all where torchrun's signal has come before the loss."""
-    args, patience = parse(), 5 if int(os.environ.get("RANK", 0)) else 0  # seconds
-    try:
-        return main(args)
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except (*ERRORS, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        message = str(error).strip()
-        if "Traceback" in message:  # from a loader process: the message itself is the last line
-            message = message.split("\n")[-1].split("Error: ", 1)[-1]
-    except RuntimeError as error:
-        message = str(error).strip().split("\n")[0]
-        if message.startswith("DataLoader worker"):
-            message += ": out of memory? try fewer --workers"
-        elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", message, re.IGNORECASE):
-            message, patience = f"another process of this run has ended, its own message says why ({message})", 15
-            if SIGNALS:
-                sys.exit(1)
-        else:
-            raise
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(patience)
-    sys.exit(f"error: {message}")
-
-
 def main(args):
     device = pick_device(args.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -365,4 +330,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main, parse)
+    guard.run_command(main, parse)

@@ -11,9 +11,7 @@ Writes last.pt and former.pt (checkpoint.py), config.json, log.jsonl, curves.png
 import argparse
 import dataclasses
 import json
-import math
 import os
-import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +26,7 @@ import checkpoint
 import clip
 import data
 import evaluate
+import guard
 import losses
 import model as models
 
@@ -35,7 +34,6 @@ WEIGHT_DECAY = 0.01  # FIELD; none on norms, biases and other vectors
 POLY_POWER = 0.9  # FIELD
 BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of new parts
 MAX_GRADIENT_NORM = 1.0  # OURS
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOG_EVERY = 20  # steps
 RANGES = {"steps": (1, 10**8), "batch_size": (1, 10**5), "crop": (8, 10**4), "save_every": (1, 10**8), "lr": (0, 100),
           "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "bank": (0, 10**6), "temperature": (1e-6, 1e6),
@@ -103,7 +101,7 @@ def main(args):
 
     batches = data.Steps(len(source.train), args.batch_size, first_step, args.steps, args.seed, rank, ranks)
     loader = DataLoader(data.TrainSet(source, recipe, args.seed), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+                        pin_memory=device.type == "cuda", worker_init_fn=guard.Signals.ignore)
     if first_rank:
         checkpoint.atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
         if not args.resume:
@@ -130,23 +128,22 @@ def main(args):
         if first_rank:
             checkpoint.save(out, model, optimizer, step, bank, gamma, config)
 
+    def rescue(step):
+        """Saves the state before a step that is not finite -> what the user may do now."""
+        try:
+            save(step)
+            saved = f"the state before it is in {out}/last.pt"
+        except models.ModelError as error:  # batch norm's statistics are not finite either, or the disk is full
+            saved = str(error)
+        batch = next(iter(data.Steps(len(source.train), args.batch_size, step, args.steps, args.seed)))
+        return (f"{saved}. Look at its images, or go on with --resume and a lower --lr: "
+                + ", ".join(source.train[i][1].name for _, i in batch))
+
     # ---- the loop
-    stop, stopping = evaluate.SIGNALS, False
-    stop.clear()
-
-    def on_signal(number, _):
-        """The run saves and ends after the step under way. Launchers repeat signals; only a typed one may insist."""
-        stop.append(number)
-        if number == signal.SIGINT and ranks == 1:
-            signal.signal(number, signal.default_int_handler)
-
-    handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
-    stops = dist.new_group(backend="gloo") if ranks > 1 and device.type == "cuda" else None  # read without the GPU
-    numbers = torch.zeros(6, device=device)  # loss, its three parts, the gradient's norm, the step
-    optimizer.found_inf = torch.zeros((), device=device)  # AdamW's own switch: 1 skips its step
+    signals, finite = guard.Signals(device), guard.Finite(optimizer, device)
     segmentation_loss = losses.cross_entropy_loss if args.seg_loss == "ce" else losses.nel_loss
     model.train()
-    start, warm = time.time(), None
+    start, warm, stopping = time.time(), None, False
     for step, (images, labels) in enumerate(loader, first_step):
         torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # a body that draws does so alike when resumed
         for group, full in zip(optimizer.param_groups, full_lr):
@@ -169,34 +166,17 @@ def main(args):
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        now = torch.stack([x.detach().float() for x in (loss, loss_seg, loss_sgd, loss_sam)])
-        if ranks > 1:
-            dist.all_reduce(now)
-        now = torch.cat([now / ranks, norm.float()[None], torch.full((1,), step, device=device)])
-        # a step that is not finite changes no weight, nor does a later one, until the host looks: it need not wait here
-        numbers = torch.where(optimizer.found_inf > 0, numbers, now)
-        optimizer.found_inf = (~numbers.sum().isfinite()).float()
+        finite.admit(step, (loss, loss_seg, loss_sgd, loss_sam), norm)
         optimizer.step()
 
-        stopping = torch.tensor(len(stop))
-        if ranks > 1:  # all hear of a signal at the same step
-            dist.all_reduce(stopping, group=stops)
-        last = step == args.steps - 1
-        saving = stopping > 0 or last or (step + 1) % args.save_every == 0
+        stopping, last = signals.heard(), step == args.steps - 1
+        saving = stopping or last or (step + 1) % args.save_every == 0
         logging = last or step % LOG_EVERY == 0
         if saving or logging or device.type == "cpu":
-            total, seg, sgd, sam, norm, at = numbers.tolist()
-            if not math.isfinite(sum((total, seg, sgd, sam, norm))):
-                try:
-                    save(int(at))
-                    saved = f"the state before it is in {out}/last.pt"
-                except models.ModelError as error:  # nor are batch norm's statistics finite, or the disk is full
-                    saved = str(error)
-                batch = next(iter(data.Steps(len(source.train), args.batch_size, int(at), args.steps, args.seed)))
-                raise models.ModelError(
-                    f"step {at:.0f} is not finite: loss {total}, seg {seg}, sgd {sgd}, sam {sam}, norm {norm}; "
-                    f"{saved}. Look at its images, or go on with --resume and a lower --lr: "
-                    + ", ".join(source.train[i][1].name for _, i in batch))
+            try:
+                total, seg, sgd, sam = finite.look()
+            except guard.NotFinite as error:
+                raise models.ModelError(f"{error}; {rescue(error.step)}") from None
         if args.sgd_weight:
             bank = losses.push(bank, c, args.bank)
         if logging:
@@ -219,8 +199,7 @@ def main(args):
         if stopping:
             say(f"stopped after step {step}, saved as {out}/last.pt: the same command with --resume goes on")
             break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signals.restore()
 
     result = None
     if not stopping:  # ---- all classes now: calibrate on seen training labels, save, score, draw
@@ -256,12 +235,6 @@ def parameter_groups(model, lr):
             groups.setdefault((name.startswith("body.backbone."), p.ndim >= 2), []).append(p)
     return [dict(params=params, lr=lr * (BACKBONE_LR if pretrained else 1), weight_decay=WEIGHT_DECAY * decayed)
             for (pretrained, decayed), params in groups.items()]
-
-
-def ignore_signals(_):
-    """A scheduler sends its signal to loader processes too: they must outlive the last step."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def warmup_poly(step, steps, warmup):
@@ -319,4 +292,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    evaluate.run_command(main, parse)
+    guard.run_command(main, parse)

@@ -23,7 +23,7 @@ STEPS = 20
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
-import data, evaluate, train
+import data, guard, train
 train.LOG_EVERY = 1
 rank, seen = os.environ.get("RANK", "0"), []
 open(os.path.join({pids!r}, rank), "w").write(str(os.getpid()))
@@ -35,7 +35,7 @@ if os.environ.get("FAIL_RANK") == rank:
             raise data.DataError(f"cannot read the image {{path}} (made up): replace it")
         return read(path)
     data.read_image = read_image
-evaluate.run_command(train.main, train.parse)
+guard.run_command(train.main, train.parse)
 """
 
 

@@ -17,6 +17,7 @@ import checkpoint
 import clip
 import data
 import evaluate
+import guard
 import losses
 import model as models
 import train
@@ -48,7 +49,7 @@ def command(module, *argv):
     argv, out = [str(a) for a in argv], io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
-            evaluate.run_command(module.main, lambda: module.parse(argv))
+            guard.run_command(module.main, lambda: module.parse(argv))
         except SystemExit as end:
             return 1, out.getvalue(), str(end.code)
     return 0, out.getvalue(), ""
@@ -122,7 +123,7 @@ def test_former_is_the_save_before_last(run, flags, tmp_path, monkeypatch):
     assert saved == [3, 4, 4] and load(tmp_path / "again/former.pt")["gamma"] is None
     assert same(load(tmp_path / "again/last.pt")["model"], before["model"])  # however often one saves
     assert {p.name for p in (tmp_path / "again").iterdir()} == {
-        "last.pt", "former.pt", "log.jsonl", "config.json", "metrics.json", "preview.png", "data.png"}
+        "last.pt", "former.pt", "log.jsonl", "config.json", "metrics.json", "preview.png", "data.png", "curves.png"}
 
 
 def test_a_disk_that_fills_leaves_the_former_checkpoint(run, flags, tmp_path, monkeypatch):
@@ -243,12 +244,12 @@ def test_resume_says_which_settings_may_change(run, flags, own, tmp_path):
     torch.save({**saved, "processes": 3}, out / "last.pt")
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')  # later lines, and one torn by a full disk
-    logged = (out / "log.jsonl").read_text().splitlines()[:-2]
+    logged = (out / "log.jsonl").read_text().splitlines()[:-3]  # the scores are written again
     status, text, said = command(train, *base, "--lr", 1e-5, "--data-root", own, "--save-every", 1)
     assert status == 0, said
     for words in ("lr was 0.0002, is 1e-05", f"data_root was None, is {own}", "3 processes before, 1 now"):
         assert f"resume  allowed: {words}" in text
-    assert (out / "log.jsonl").read_text().splitlines() == logged  # no step was left to do
+    assert (out / "log.jsonl").read_text().splitlines()[:-1] == logged  # no step was left to do
     torch.save({**saved, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}}, out / "last.pt")
     assert "its optimiser, step or bank" in command(train, *base)[2]
 
@@ -327,7 +328,7 @@ def test_what_users_can_mend_is_one_line(error, words):
     def main(_):
         raise error
     with pytest.raises(SystemExit) as end:
-        evaluate.run_command(main, lambda: None)
+        guard.run_command(main, lambda: None)
     assert words in end.value.code and "\n" not in end.value.code
     with pytest.raises(RuntimeError, match="a bug"):  # but a bug keeps its traceback
-        evaluate.run_command(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), lambda: None)
+        guard.run_command(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), lambda: None)

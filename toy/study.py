@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import evaluate
+import guard
 import losses
 import model as models
 import train
@@ -155,7 +155,7 @@ def main(args):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:  # one run of a row that is in VARIANTS
         VARIANTS[sys.argv[2]]()
-        evaluate.run_command(train.main, lambda: train.parse(sys.argv[3:]))
+        guard.run_command(train.main, lambda: train.parse(sys.argv[3:]))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
