@@ -24,6 +24,7 @@ from sources import CONTEXT_SPLITS, IGNORE, INVALID, DataError, download_voc, op
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
 CHECKED = 100  # images of each part that the data check decodes
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever a file is called: others may start programs
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
@@ -33,9 +34,9 @@ NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 def read_image(path, upright=False):
     """File -> uint8 RGB (3, H, W). `upright`: turned as the camera noted in EXIF, which masks do not follow."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return tv_tensors.Image(TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises all sorts on damaged files
         raise DataError(f"cannot read the image {path} ({error}): replace it or take it off the list") from None
 
 
