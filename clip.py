@@ -145,7 +145,7 @@ class Attention(nn.Module):
         elif kind == "self":
             y = v
         else:
-            raise ValueError(f"attention kind {kind!r} is unknown: choose qk, vv or self")
+            raise CLIPError(f"attention kind {kind!r} is unknown: choose qk, vv or self")
         return self.out_proj(y.transpose(1, 2).reshape(B, N, W))
 
 
@@ -273,8 +273,6 @@ def load(name_or_path):
     if not path.is_file():
         raise CLIPError(f"no CLIP file {path}: give a file or one of {', '.join(MODELS)}")
     state = _read_state_dict(path)
-    for extra in ("input_resolution", "context_length", "vocab_size"):  # plain numbers in OpenAI's archives
-        state.pop(extra, None)
     model = _build(state, path)
     wanted = model.state_dict()
     if missing := sorted(wanted.keys() - state.keys()):
@@ -284,8 +282,6 @@ def load(name_or_path):
     for key, tensor in state.items():
         if tensor.shape != wanted[key].shape:
             raise CLIPError(f"{path}: {key} has shape {tuple(tensor.shape)}, expected {tuple(wanted[key].shape)}")
-        if not torch.isfinite(tensor).all():
-            raise CLIPError(f"{path}: {key} holds values that are not finite: the file is damaged")
     model.load_state_dict(state)
     return model.float().eval().requires_grad_(False)
 
@@ -313,11 +309,7 @@ def file_sha256(path):
 def _read_state_dict(path):
     """File -> {name: tensor}, from any of the three formats."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            if damaged := archive.testzip():
-                raise CLIPError(f"{path} is damaged (record {damaged}): fetch it again")
-        state = _read_torchscript(path) if scripted else torch.load(path, map_location="cpu", weights_only=True)
+        state = read_archive(path)
     except CLIPError:
         raise
     except Exception as error:  # a truncated zip, a foreign pickle, a picture: all the same to the user
@@ -327,9 +319,37 @@ def _read_state_dict(path):
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict):
         raise CLIPError(f"{path} holds no state dict (a mapping of names to tensors)")
+    for extra in ("input_resolution", "context_length", "vocab_size"):  # plain numbers in OpenAI's archives
+        state.pop(extra, None)
+    check_tensors(state, path)
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def read_archive(path):
+    """What torch.save or torch.jit.save wrote -> what it holds. Read as data: no code in it is run.
+
+    Raises CLIPError where the archive is damaged, anything where it is none."""
+    with zipfile.ZipFile(path) as archive:
+        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if sum(record.file_size for record in archive.infolist()) > 10 * Path(path).stat().st_size:
+            raise CLIPError(f"{path} unpacks to ten times its size: not a file of torch")  # which packs no tensors
+        if damaged := archive.testzip():
+            raise CLIPError(f"{path} is damaged (record {damaged}): fetch it again")
+    return _read_torchscript(path) if scripted else torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_tensors(state, path):
+    """Raises CLIPError unless `state` maps names to dense finite tensors that do not claim more than the file holds."""
+    if not all(type(key) is str and type(x) is torch.Tensor and x.layout is torch.strided and x.device.type == "cpu"
+               for key, x in state.items()):
+        raise CLIPError(f"{path} holds no state dict (a mapping of names to tensors)")
+    if sum(x.numel() * x.element_size() for x in state.values()) > 2 * path.stat().st_size:
+        raise CLIPError(f"{path} names larger tensors than it holds: it is damaged or hostile")
+    for key, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise CLIPError(f"{path}: {key} holds values that are not finite: the file is damaged")
 
 
 class _Scripted:
@@ -402,3 +422,5 @@ def _build(state, path):
             transformer_layers=sum(k.startswith("transformer.") and k.endswith(".attn.in_proj_weight") for k in state))
     except KeyError as key:
         raise CLIPError(f"{path} lacks the tensor {key}: not a CLIP in OpenAI's names") from None
+    except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise CLIPError(f"{path}: its tensors' shapes make no CLIP ({str(error)[:100]})") from None

@@ -24,7 +24,7 @@ from sources import CONTEXT_SPLITS, IGNORE, INVALID, DataError, download_voc, op
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
 CHECKED = 100  # images of each part that the data check decodes
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever a file is called: others may start programs
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillow would start programs
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
@@ -54,12 +54,14 @@ def rgb(image):
 def read_values(path):
     """Mask file -> raw values, uint8 array (H, W). Pillow keeps palette indexes as they are."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             if image.mode not in ("P", "L"):
                 raise DataError(f"the mask {path} is {image.mode}: expected one channel of class indexes (P or L); "
                                 "save it again without the colours")
             return np.array(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:
         raise DataError(f"cannot read the mask {path} ({error}): replace it or take it off the list") from None
 
 
@@ -76,10 +78,11 @@ def read_mask(path, table, classes):
 
 def read_pair(file, table, classes):
     """(name, image path, mask path) -> name, uint8 image (3, H, W), uint8 labels (H, W), of one size."""
-    name, image, mask = file
-    image, labels = read_image(image), read_mask(mask, table, classes)
+    name, path, mask = file
+    image, labels = read_image(path), read_mask(mask, table, classes)
     if image.shape[1:] != labels.shape:
-        raise DataError(f"{name}: image {tuple(image.shape[1:])} and mask {tuple(labels.shape)} differ in size")
+        raise DataError(f"the image {path} is {tuple(image.shape[1:])} pixels, its mask {mask} is "
+                        f"{tuple(labels.shape)}: expected one size")
     return name, image, labels
 
 

@@ -10,7 +10,6 @@ Test needs the body, the head and cached text embeddings; CLIP's image tower bey
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -21,13 +20,14 @@ from torchvision.transforms.v2 import functional as TF
 
 import clip
 import data
+import guard
 import model as models
 import pictures
-from losses import world_size
+from checkpoint import atomic, from_first_process, newest_run, read_checkpoint
+from losses import linear_weights, world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
-CHUNK, SCORES = 16, 2 ** 25  # classes, and their pixels, upsampled at a time: memory does not grow with the classes
-ERRORS = (clip.CLIPError, data.DataError, models.ModelError)
+BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
 
 
 # ---------------------------------------------------------------- prediction
@@ -40,6 +40,20 @@ def windows(size, window, stride):
     return [*range(0, size - window, stride), size - window]
 
 
+def axis_weights(size, window, stride, cells, out):
+    """(out, n · cells): takes one axis of n windows' grids, end to end, to `out` pixels.
+
+    Bilinear in each window of `size` pixels' n, their mean where they overlap, bilinear to `out`; rows ≥ 0, sum 1."""
+    parts = []
+    for start in windows(size, window, stride):
+        part = torch.zeros(size, cells, dtype=torch.double)
+        part[start:start + window] = linear_weights(cells, min(window, size))
+        parts.append(part)
+    weights = torch.cat(parts, dim=1)
+    weights /= weights.sum(1, keepdim=True)
+    return weights if out == size else linear_weights(size, out) @ weights
+
+
 @torch.inference_mode()
 def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None,
             floor=-torch.inf):
@@ -47,7 +61,11 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
 
     seen    bool (K,), the classes that γ lowers (γ in logits)
     floor   where the largest is lower, the label is IGNORE
-    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default."""
+    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default.
+
+    All that is linear, and along each axis apart, so a score is a mean of grid logits with weights ≥ 0. In a block of
+    pixels it lies between the least and the largest logit that reach the block; a class whose largest is below another
+    one's least wins nowhere in it and is left out there. No approximation, and no (K, H, W) in memory."""
     H, W = out_size or image.shape[1:]
     image = image.float()[None] / 255
     if short_side:
@@ -55,33 +73,31 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
         size = [round(side * factor) for side in image.shape[2:]]
         image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
     h, w = image.shape[2:]
-    tiles = []  # (top, left, height, width, logits at the dense grid)
+    bands = []
     for top in windows(h, window, stride):
-        for left in windows(w, window, stride):
-            tile = image[:, :, top:top + window, left:left + window]
-            tiles.append((top, left, *tile.shape[2:], model.logits(tile)))
-    best = {gamma: (torch.full((H, W), -torch.inf, device=image.device),
-                    torch.zeros(H, W, dtype=torch.long, device=image.device)) for gamma in gammas}
-    chunk = max(min(CHUNK, SCORES // max(h * w, H * W)), 1)
-    for first in range(0, len(seen), chunk):
-        part = slice(first, first + chunk)
-        if len(tiles) == 1:
-            scores = F.interpolate(tiles[0][4][:, part].float(), (h, w), mode="bilinear", align_corners=False)
-        else:
-            scores = torch.zeros(1, len(seen[part]), h, w, device=image.device)
-            count = torch.zeros(h, w, device=image.device)
-            for top, left, th, tw, logits in tiles:
-                logits = F.interpolate(logits[:, part].float(), (th, tw), mode="bilinear", align_corners=False)
-                scores[:, :, top:top + th, left:left + tw] += logits
-                count[top:top + th, left:left + tw] += 1
-            scores /= count
-        if (h, w) != (H, W):
-            scores = F.interpolate(scores, (H, W), mode="bilinear", align_corners=False)
-        for gamma, (top_score, label) in best.items():
-            score, k = (scores[0] - gamma * seen[part, None, None]).max(0)
-            better = score > top_score
-            top_score[better], label[better] = score[better], k[better] + first
-    return {gamma: label.masked_fill(score < floor, data.IGNORE) for gamma, (score, label) in best.items()}
+        band = image[:, :, top:top + window]
+        band = model.logits(torch.cat([band[..., left:left + window] for left in windows(w, window, stride)])).float()
+        bands.append(torch.cat(list(band), dim=2))
+    logits = torch.cat(bands, dim=1)  # (K, Σh, Σw): the windows' grids side by side
+    rows = axis_weights(h, window, stride, band.shape[2], H).to(logits)  # (H, Σh)
+    columns = axis_weights(w, window, stride, band.shape[3], W).to(logits)  # (W, Σw)
+
+    labels = {gamma: torch.empty(H, W, dtype=torch.long, device=logits.device) for gamma in gammas}
+    side = BLOCK[logits.device.type]
+    for y in range(0, H, side):
+        r = rows[y:y + side]
+        for x in range(0, W, side):
+            c = columns[x:x + side]
+            part = logits[:, r.any(0)][:, :, c.any(0)]  # (K, i, j): what reaches this block
+            largest, least = part.amax((1, 2)), part.amin((1, 2))
+            wins = torch.stack([largest - gamma * seen >= (least - gamma * seen).max() for gamma in gammas])
+            k = wins.any(0).nonzero()[:, 0]  # (K',)
+            tall = r[:, r.any(0)] @ part[k]  # (K', y, j)
+            scores = c[:, c.any(0)] @ tall.permute(1, 2, 0)  # (y, x, K')
+            for gamma, label in labels.items():
+                score, winner = (scores - gamma * seen[k]).max(2)
+                label[y:y + side, x:x + side] = k[winner].masked_fill(score < floor, data.IGNORE)
+    return labels
 
 
 # ---------------------------------------------------------------- metrics
@@ -232,33 +248,12 @@ def curves(out):
         atomic(out / "curves.png", lambda partial: pictures.curves(log).save(partial, "PNG"))
 
 
-def atomic(path, write):
-    """Calls write(temporary path beside `path`), then renames: readers see the old file or the whole new one."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 # ---------------------------------------------------------------- command
-
-
-def read_checkpoint(path):
-    """last.pt of train.py -> dict of plain values and tensors; nothing in the file is run. Raises ModelError."""
-    if not Path(path).is_file():
-        raise models.ModelError(f"no checkpoint {path}: train one with python train.py")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"], saved["model"], saved["gamma"], saved["step"]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:100]
-        raise models.ModelError(f"{path} is no checkpoint of train.py, or is damaged "
-                                f"({type(error).__name__}: {reason})") from None
-    return saved
 
 
 def load_run(checkpoint, device):
     """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError."""
-    saved = read_checkpoint(checkpoint)
+    saved = from_first_process(lambda: read_checkpoint(checkpoint))
     config = saved["config"]
     clip_model = clip.load(config["clip"])
     model = models.build(clip_model, **{**config, "body_weights": "none"})
@@ -267,16 +262,11 @@ def load_run(checkpoint, device):
     return model.to(device).eval(), config, saved["gamma"]
 
 
-def newest_run(root="runs"):
-    found = sorted(Path(root).glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise models.ModelError(f"no run under {root}/: train one with python train.py, or name --checkpoint FILE")
-    return found[-1]
-
-
 def pick_device(name=None):
     """cpu, or this process's GPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -294,27 +284,17 @@ def report(result, model, source, device, out):
     print(f"wrote {out}/metrics.json and preview.png", flush=True)
 
 
-def run_command(main, parse):
-    """Runs main(parse()); what the user can mend ends in one line instead of a traceback."""
-    args = parse()
-    try:
-        main(args)
-    except ERRORS as error:
-        message = str(error).strip()
-        if "Traceback" in message:  # from a loader process: the message itself is the last line
-            message = message.split("\n")[-1].split("Error: ", 1)[-1]
-        sys.exit(f"error: {message}")
-
-
 def main(args):
     device = pick_device(args.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else newest_run())
+    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else from_first_process(newest_run))
     model, config, gamma = load_run(checkpoint, device)
-    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or
-                               (None if args.dataset else config["data_root"]),
-                               args.split or (None if args.dataset else config.get("split")))
+    own = {} if args.dataset else config
+    if own.get("data_root") and not args.data_root and not Path(own["data_root"]).is_dir():  # it is not drawn there
+        raise data.DataError(f"the run's data set is no longer in {own['data_root']}: give --data-root")
+    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or own.get("data_root"),
+                               args.split or own.get("split"))
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma
@@ -348,4 +328,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main, parse)
+    guard.run_command(main, parse)

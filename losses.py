@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 IGNORE = 255
-TAU = 0.07  # τ_g, and τ unless given: the group's earlier work (LINE) uses it for InfoNCE; train.py gives CLIP's own τ
+TAU = 0.07  # τ_g, and τ unless given. LINE: the group's earlier InfoNCE; train.py gives text logits CLIP's own τ
+BAND = {"cpu": 2 ** 20, "cuda": 2 ** 26}  # logits that cross-entropy holds at a time: a cache's fill, a few launches
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # FIELD: the peers' focal loss
 
 
@@ -54,10 +55,45 @@ def pixel_text_logits(z, t, tau=TAU):
 
 def cross_entropy_loss(z, t, labels, tau=TAU):
     """Softmax cross-entropy at the labels' own resolution. labels int (B, H, W) -> scalar."""
-    logits = pixel_text_logits(fp32(z), fp32(t), tau)
-    logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)  # (B, K, H, W)
-    total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
+    total = UpsampledCrossEntropy.apply(pixel_text_logits(fp32(z), fp32(t), tau), labels)
     return global_mean(total, (labels != IGNORE).sum())
+
+
+def linear_weights(n, size):
+    """The matrix (size, n) of F.interpolate's linear mode from n values to `size`, align_corners=False; float64."""
+    return F.interpolate(torch.eye(n, dtype=torch.double)[None], size, mode="linear")[0].T
+
+
+class UpsampledCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), labels, reduction="sum"), in bands of rows.
+
+    (B, K, H, W) never exists: each band's gradient is taken while the band is there. Sizes and results are the same."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        """logits (B, K, h, w), labels int (B, H, W) -> scalar"""
+        B, K, h, w = logits.shape
+        H, W = labels.shape[1:]
+        rows, columns = linear_weights(h, H).to(logits), linear_weights(w, W).to(logits)  # (H, h), (W, w)
+        tall = torch.einsum("yh,bkhw->bywk", rows, logits)
+        gradient, total = torch.empty_like(tall), logits.new_zeros(())
+        height = max(BAND[logits.device.type] // (B * W * K), 1)
+        for y in range(0, H, height):
+            band = slice(y, y + height)
+            truth = labels[:, band, :, None].long()  # (B, y, W, 1)
+            valid = (truth != IGNORE).to(logits.dtype)
+            truth = truth.where(valid > 0, 0)
+            log_p = (columns @ tall[:, band]).log_softmax(-1)  # (B, y, W, K)
+            total -= (log_p.gather(-1, truth) * valid).sum()
+            error = log_p.exp_().scatter_add_(-1, truth, -torch.ones_like(valid)).mul_(valid)  # p − truth
+            gradient[:, band] = columns.T @ error
+        ctx.save_for_backward(torch.einsum("yh,bywk->bkhw", rows, gradient))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, None
 
 
 def nel_loss(z, t, labels, tau=TAU):

@@ -19,6 +19,7 @@ import torch
 
 import data
 import evaluate
+import guard
 import pictures
 from sources import plain
 
@@ -152,4 +153,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    evaluate.run_command(main, parse)
+    guard.run_command(main, parse)

@@ -181,13 +181,15 @@ class LightHam(nn.Module):
 class SegNeXt(nn.Module):
     """ImageNet-normalised images (B, 3, H, W) -> dense features (B, C, ⌈H/8⌉, ⌈W/8⌉), all ≥ 0; C is `out_channels`.
 
-    size: t, s, b or l. The encoder has BatchNorm: to train on one image at a time, it must be larger than 32×32."""
+    size: t, s, b or l. stride: 8 as published, or 16: the same features, averaged in pairs of rows and columns (OURS).
+    The encoder has BatchNorm: to train on one image at a time, it must be larger than 32×32."""
 
-    def __init__(self, size="t"):
+    def __init__(self, size="t", stride=8):
         super().__init__()
         if size not in SIZES:
             raise SegNeXtError(f"no SegNeXt of size {size!r}: choose one of {', '.join(SIZES)}")
         widths, depths, self.out_channels, bases, last_rate = SIZES[size]
+        self.stride = stride
         self.backbone = MSCAN(widths, depths, last_rate)
         self.decoder = LightHam(widths, self.out_channels, bases)
         for module in self.modules():
@@ -197,7 +199,8 @@ class SegNeXt(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x):
-        return self.decoder(self.backbone(x))
+        x = self.decoder(self.backbone(x))
+        return x if self.stride == 8 else F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 def load_mscan(body, checkpoint):

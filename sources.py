@@ -9,6 +9,7 @@ Masks pass through one look-up table: raw value -> class index, and in the train
 SEEN classes, everything else 255. An unseen label cannot reach the training loss.
 """
 import json
+import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -61,7 +62,7 @@ class Recipe:
     stride: int = 426
 
 
-TOY = Recipe(steps=800, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
+TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
              body="small", clip=str(HERE / "toy" / "clip.pt"), short_side=None, window=world.SIZE, stride=48)
 FOLDER = Recipe(steps=20000, short_side=None)
 
@@ -181,8 +182,10 @@ def open_folder(root, name, templates, recipe):
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, {len(set(classes))} different ones: "
                         f"expected at most {INVALID}, each once")
     unseen = read_lines(root / "unseen.txt") if (root / "unseen.txt").exists() else []
+    if not classes:
+        raise DataError(f"{root}/classes.txt is empty: expected a class a line")
     if unknown := [c for c in unseen if c not in classes]:
-        raise DataError(f"{root}/unseen.txt names {unknown[0]!r}, which is not a line of classes.txt")
+        raise DataError(f"{root}/unseen.txt names {unknown[0][:60]!r}, which is not a line of classes.txt")
     if len(set(unseen)) == len(classes):
         raise DataError(f"{root}/unseen.txt names every class: nothing is left to train on")
     images, masks = list_files(root / "images", (".jpg", ".jpeg", ".png")), list_files(root / "masks", (".png",))
@@ -198,6 +201,8 @@ def plain(name):
 
 def read_lines(path):
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} ({type(error).__name__}): expected text, a name a line") from None
@@ -208,7 +213,8 @@ def list_files(folder, suffixes):
     """Folder -> {file name without suffix: path}, one listing of the folder."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes}
+    paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file())  # no pipes, no folders
+    return {path.stem: path for path in paths if path.suffix.lower() in suffixes}
 
 
 def pair_up(names, images, masks, source):
@@ -218,5 +224,5 @@ def pair_up(names, images, masks, source):
     for kind, files in (("image", images), ("mask", masks)):
         if missing := [name for name in names if name not in files]:
             more = f" (and for {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise DataError(f"{source} names {missing[0]!r}, but no {kind} of that name exists{more}")
+            raise DataError(f"{source} names {missing[0][:60]!r}, but no {kind} of that name exists{more}")
     return [(name, images[name], masks[name]) for name in names]

@@ -4,14 +4,14 @@
     python train.py --dataset my_data --body resnet50         # own data, see README
     torchrun --nproc-per-node 4 train.py --dataset my_data    # one process a GPU
 
-Writes last.pt, config.json, log.jsonl, curves.png, metrics.json, preview.png and data.png (a training sample as the
-losses see it, and a test sample) into runs/<dataset>/. Ctrl-C saves; the same command with --resume goes on.
+Writes last.pt and former.pt (checkpoint.py), config.json, log.jsonl, curves.png, metrics.json, preview.png and data.png
+(a training sample as the losses see it, and a test sample) into runs/<dataset>/. Ctrl-C saves; the same command with
+--resume goes on.
 """
 import argparse
 import dataclasses
 import json
 import os
-import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +22,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+import checkpoint
 import clip
 import data
 import evaluate
+import guard
 import losses
 import model as models
 
@@ -32,7 +34,11 @@ WEIGHT_DECAY = 0.01  # FIELD; none on norms, biases and other vectors
 POLY_POWER = 0.9  # FIELD
 BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of new parts
 MAX_GRADIENT_NORM = 1.0  # OURS
-LOG_EVERY, SAVE_EVERY = 20, 500  # steps
+LOG_EVERY = 20  # steps
+RANGES = {"steps": (1, 10**8), "batch_size": (1, 10**5), "crop": (8, 10**4), "save_every": (1, 10**8), "lr": (0, 100),
+          "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "bank": (0, 10**6), "temperature": (1e-6, 1e6),
+          "sgd_weight": (0, 1e6), "sam_weight": (0, 1e6)}  # of flags: outside, nothing sensible can happen
+NOT_SAVED = ("workers", "device", "deterministic", "out_dir", "resume", "save_every")  # flags that change no batch
 
 
 def main(args):
@@ -43,42 +49,48 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first_rank = rank == 0
     say = print if first_rank else lambda *_, **__: None
-    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may round differently each time
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
 
     # ---- data, its recipe, and what the flags change of it
     source = data.open_dataset(args.dataset, args.data_root, args.split)
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
+    for key, (low, high) in RANGES.items():
+        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
+            raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
+    torch.manual_seed(args.seed)
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
     inductive = "inductive: pixels of unseen classes are hidden from every loss, their images kept"
     if args.strict:
-        kept = [data.without_unseen(source, args.workers) if first_rank else None]
-        if ranks > 1:
-            dist.broadcast_object_list(kept)
-        inductive = f"strict: {len(source.train) - len(kept[0])} images that hold unseen classes are dropped"
-        source.train = kept[0]
+        kept = checkpoint.from_first_process(lambda: data.without_unseen(source, args.workers))
+        inductive = f"strict: {len(source.train) - len(kept)} images that hold unseen classes are dropped"
+        source.train = kept
     if args.batch_size % ranks:
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
-    config = {key: value for key, value in vars(args).items() if key not in ("workers", "device", "out_dir", "resume")}
+    config = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     sides = [recipe.short_side] * 2 if recipe.short_side else [round(recipe.crop * factor) for factor in recipe.scale]
     config |= {"classes": source.classes, "unseen": sorted(source.unseen), "templates": list(source.templates),
                "test": {"sides": sides, "window": recipe.window, "stride": recipe.stride}}  # all that predict.py needs
+    remarks = []
     out = args.out_dir or Path("runs") / Path(args.dataset).name
     if first_rank:
         out.mkdir(parents=True, exist_ok=True)
-        for remark in data.check(source, out / "data.png"):
-            print(remark, flush=True)
+        checkpoint.atomic(out / "data.png", lambda partial: remarks.extend(data.check(source, partial)))
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)
     model = models.build(teacher, **config).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)
     teacher.visual.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr), fused=True)
     full_lr = [group["lr"] for group in optimizer.param_groups]
-    first_step, bank = resume(out, model, optimizer, config) if args.resume else (0, torch.empty(0, model.t.shape[1]))
+    first_step, bank = 0, torch.empty(0, model.t.shape[1])
+    if args.resume:
+        first_step, bank, changes = checkpoint.resume(out, model, optimizer, config)
+        remarks += changes
     bank = bank.to(device)  # (M, D), CLS embeddings of earlier images
     if ranks > 1:
         if device.type == "cuda":
@@ -89,12 +101,19 @@ def main(args):
 
     batches = data.Steps(len(source.train), args.batch_size, first_step, args.steps, args.seed, rank, ranks)
     loader = DataLoader(data.TrainSet(source, recipe, args.seed), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda", worker_init_fn=guard.Signals.ignore)
     if first_rank:
-        evaluate.atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-        log = open(out / "log.jsonl", "a" if args.resume else "w", buffering=1)
+        checkpoint.atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+        if not args.resume:
+            if (out / "last.pt").exists():
+                os.replace(out / "last.pt", out / "former.pt")
+                remarks.append(f"{out}/last.pt of the run before is now former.pt, until this one's second save")
+            checkpoint.atomic(out / "log.jsonl", lambda path: path.touch())
+        log = open(out / "log.jsonl", "a", buffering=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    for remark in remarks:
+        say(remark)
     names = [source.classes[k].split(",")[0] for k in sorted(source.unseen)]
     say(f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images\n"
         f"split   {len(source.seen)} seen classes, {len(names)} unseen"
@@ -105,13 +124,26 @@ def main(args):
         f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type}, "
         f"{'bf16' if device.type == 'cuda' else 'fp32'}, into {out}/", flush=True)
 
+    def save(step, gamma=None):
+        if first_rank:
+            checkpoint.save(out, model, optimizer, step, bank, gamma, config)
+
+    def rescue(step):
+        """Saves the state before a step that is not finite -> what the user may do now."""
+        try:
+            save(step)
+            saved = f"the state before it is in {out}/last.pt"
+        except models.ModelError as error:  # batch norm's statistics are not finite either, or the disk is full
+            saved = str(error)
+        batch = next(iter(data.Steps(len(source.train), args.batch_size, step, args.steps, args.seed)))
+        return (f"{saved}. Look at its images, or go on with --resume and a lower --lr: "
+                + ", ".join(source.train[i][1].name for _, i in batch))
+
     # ---- the loop
-    stop = []  # a first Ctrl-C or SIGTERM saves and ends after the step under way, a second one ends at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    signals, finite = guard.Signals(device), guard.Finite(optimizer, device)
     segmentation_loss = losses.cross_entropy_loss if args.seg_loss == "ce" else losses.nel_loss
     model.train()
-    start, warm = time.time(), None
+    start, warm, stopping = time.time(), None, False
     for step, (images, labels) in enumerate(loader, first_step):
         torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # a body that draws does so alike when resumed
         for group, full in zip(optimizer.param_groups, full_lr):
@@ -127,25 +159,27 @@ def main(args):
         loss_sgd = loss_sam = torch.zeros((), device=device)
         if args.sgd_weight:
             loss_sgd = losses.sgd_loss(z, c, k, bank)
-            bank = losses.push(bank, c, args.bank)
         if args.sam_weight:
             loss_sam = losses.sam_loss(z, model.t, labels, model.tau)
         loss = loss_seg + args.sgd_weight * loss_sgd + args.sam_weight * loss_sam
 
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        finite.admit(step, (loss, loss_seg, loss_sgd, loss_sam), norm)
         optimizer.step()
 
-        stopping = bool(stop) and ranks == 1
-        if step % LOG_EVERY == 0 or step == args.steps - 1:
-            numbers = torch.stack([x.detach().float() for x in (loss, loss_seg, loss_sgd, loss_sam)]
-                                  + [torch.tensor(float(len(stop)), device=device)])
-            if ranks > 1:  # all ranks hear of a signal at the same step
-                dist.all_reduce(numbers)
-                stopping = numbers[-1] > 0
-                numbers /= ranks
-            total, seg, sgd, sam, _ = numbers.tolist()
+        stopping, last = signals.heard(), step == args.steps - 1
+        saving = stopping or last or (step + 1) % args.save_every == 0
+        logging = last or step % LOG_EVERY == 0
+        if saving or logging or device.type == "cpu":
+            try:
+                total, seg, sgd, sam = finite.look()
+            except guard.NotFinite as error:
+                raise models.ModelError(f"{error}; {rescue(error.step)}") from None
+        if args.sgd_weight:
+            bank = losses.push(bank, c, args.bank)
+        if logging:
             seconds = time.time() - start
             pace = (seconds - warm[1]) / (step - warm[0]) if warm else seconds / (step + 1 - first_step)  # s a step
             eta = timedelta(seconds=round(pace * (args.steps - step - 1)))
@@ -155,30 +189,30 @@ def main(args):
             lr = optimizer.param_groups[-1]["lr"]
             say(f"step {step:5d}/{args.steps}  loss {total:.3f}  seg {seg:.3f}  sgd {sgd:.3f}  sam {sam:.3f}  "
                 f"k {k:4d}  lr {lr:.1e}  eta {eta}", flush=True)
-            if not total == total < float("inf"):
-                raise models.ModelError(f"loss {total} at step {step} (seg {seg}, sgd {sgd}, sam {sam}): lower --lr")
             if first_rank:
                 log.write(json.dumps({"step": step, "loss": total, "loss_seg": seg, "loss_sgd": sgd, "loss_sam": sam,
                                       "k": k, "lr": lr, "seconds": round(seconds, 2)}) + "\n")
-        if first_rank and (stopping or step % SAVE_EVERY == SAVE_EVERY - 1):
-            save(out / "last.pt", model, optimizer, step + 1, bank, None, config)
-            evaluate.curves(out)
+        if saving:
+            save(step + 1)
+            if first_rank:
+                evaluate.curves(out)
         if stopping:
             say(f"stopped after step {step}, saved as {out}/last.pt: the same command with --resume goes on")
-            return None
+            break
+    signals.restore()
 
-    # ---- all classes now: calibrate on seen training labels, save, score, draw
-    model.set_classes(source.classes, source.templates)
-    gamma = evaluate.calibrate(model, source, device)
-    if first_rank:
-        save(out / "last.pt", model, optimizer, args.steps, bank, gamma, config)
-    result = evaluate.evaluate(model, source, device, gamma)
-    result |= {"dataset": source.name, "checkpoint": str(out / "last.pt")}
-    if first_rank:
-        scores = {key: result["gamma_0"][key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")}
-        log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")
-        evaluate.report(result, model, source, device, out)
-        print(f"trained and tested in {time.time() - start:.0f} s; next: python predict.py PICTURE --run {out}")
+    result = None
+    if not stopping:  # ---- all classes now: calibrate on seen training labels, save, score, draw
+        model.set_classes(source.classes, source.templates)
+        gamma = evaluate.calibrate(model, source, device)
+        save(args.steps, gamma)
+        result = evaluate.evaluate(model, source, device, gamma)
+        result |= {"dataset": source.name, "checkpoint": str(out / "last.pt")}
+        if first_rank:
+            scores = {key: result["gamma_0"][key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")}
+            log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")
+            evaluate.report(result, model, source, device, out)
+            print(f"trained and tested in {time.time() - start:.0f} s; next: python predict.py PICTURE --run {out}")
     if ranks > 1:
         dist.destroy_process_group()
     return result
@@ -208,30 +242,6 @@ def warmup_poly(step, steps, warmup):
     return min((step + 1) / max(warmup, 1), 1) * (1 - step / steps) ** POLY_POWER
 
 
-def save(path, model, optimizer, step, bank, gamma, config):
-    """Tensors and plain types only, so that `weights_only=True` loads it; written whole or not at all."""
-    checkpoint = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "step": step, "bank": bank,
-                  "gamma": gamma, "config": config}
-    evaluate.atomic(path, lambda partial: torch.save(checkpoint, partial))
-
-
-def resume(out, model, optimizer, config):
-    """Loads out/last.pt into model and optimiser -> (next step, CLS bank). Raises ModelError.
-
-    Batches and crops follow from the seed and the step, so nothing else has to be restored."""
-    saved = evaluate.read_checkpoint(out / "last.pt")
-    if changed := [key for key in config if saved["config"].get(key) != config[key]]:
-        changes = ", ".join(f"{key} was {saved['config'].get(key)}, is {config[key]}" for key in changed)
-        raise models.ModelError(f"{out}/last.pt cannot be resumed with other settings: {changes}")
-    model.load_trained_state(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    lines = [line for line in lines if json.loads(line)["step"] < saved["step"]]
-    evaluate.atomic(log, lambda partial: partial.write_text("".join(lines)))
-    return saved["step"], saved["bank"]
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,14 +255,17 @@ def parse(argv=None):
     group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")
     group("--out-dir", type=Path, metavar="FOLDER", help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
+    group("--save-every", type=int, default=500, metavar="STEPS", help="steps between saves (default: 500)")
+    group("--deterministic", action="store_true", help="same figures each time on a GPU too, slower; PyTorch warns of "
+          "operations that it has no such version of")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
-    group("--device", help="cpu or cuda (default: cuda if there is one)")
+    group("--device", choices=("cpu", "cuda"), help="cpu or cuda (default: cuda if there is one)")
 
     group = parser.add_argument_group("model").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file {recipe}")
     group("--body", choices=models.BODIES, metavar="NAME", help=f"{', '.join(models.BODIES)} {recipe}")
-    group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, torchvision bodies only (default: 8)")
+    group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, any body but small (default: 16)")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
     group("--head", choices=("csh", "linear", "random"), default="csh",
           help="controls: linear (no CLIP in it), random (CSH's shape, random frozen weights) (default: csh)")
@@ -269,14 +282,14 @@ def parse(argv=None):
     group = parser.add_argument_group("losses").add_argument
     group("--seg-loss", choices=("ce", "nel"), default="ce", help="cross-entropy, or focal + dice (default: ce)")
     group("--temperature", type=float, help="τ of text logits (default: CLIP's own)")
-    group("--sgd-weight", type=float, default=0.5, help="λ_sgd; 0 switches SGD and its teacher off (default: 0.5)")
+    group("--sgd-weight", type=float, default=0.2, help="λ_sgd; 0 switches SGD and its teacher off (default: 0.2)")
     group("--k-schedule", choices=("linear", "cosine", "constant"), default="linear",
           help="how k falls from all positions (default: linear)")
-    group("--k-end", type=float, default=0.1, help="share of the positions at the end (default: 0.1)")
+    group("--k-end", type=float, default=0.4, help="share of the positions at the end (default: 0.4)")
     group("--bank", type=int, default=256, help="earlier CLS embeddings kept as negatives (default: 256)")
     group("--sam-weight", type=float, default=1.0, help="λ_sam; 0 switches SAM off (default: 1)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    evaluate.run_command(main, parse)
+    guard.run_command(main, parse)

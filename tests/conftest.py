@@ -7,6 +7,12 @@ TINY = dict(embed_dim=128, image_resolution=64, vision_layers=4, vision_width=96
             context_length=77, vocab_size=49408, transformer_width=64, transformer_layers=2)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Text embeddings and downloads of tests stay out of the user's cache."""
+    monkeypatch.setattr(clip, "CACHE", tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture(scope="session")
 def tiny_clip_file(tmp_path_factory):
     """A CLIP of random weights in OpenAI's state-dict format."""

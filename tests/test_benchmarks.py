@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import evaluate
+import guard
 import pictures
 import sources
 import train
@@ -519,6 +520,6 @@ def test_what_is_wrong_comes_before_training_in_one_line(copy, tmp_path):
     assert re.fullmatch(line + "\n", done.stderr), done.stderr
     args = ["--dataset", "voc", "--out-dir", str(tmp_path / "run"), "--clip", "none", "--device", "cpu", "--data-root"]
     with pytest.raises(SystemExit, match=line):
-        evaluate.run_command(train.main, lambda: train.parse([*args, str(root)]))
+        guard.run_command(train.main, lambda: train.parse([*args, str(root)]))
     with pytest.raises(SystemExit, match="^error: no JPEGImages in (.*\n){4}.*val.txt  1,449 names$"):
-        evaluate.run_command(train.main, lambda: train.parse([*args, str(tmp_path / "nowhere")]))
+        guard.run_command(train.main, lambda: train.parse([*args, str(tmp_path / "nowhere")]))

@@ -59,8 +59,8 @@ def test_train_leaves_what_the_readme_says(run):
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert json.loads((out / "config.json").read_text())["frozen_blocks"] == 1
     assert Image.open(out / "preview.png").size[0] == 3 * 192
-    assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "metrics.json", "config.json", "preview.png",
-                                             "data.png", "curves.png"}
+    assert {p.name for p in out.iterdir()} == {"last.pt", "former.pt", "log.jsonl", "metrics.json", "config.json",
+                                             "preview.png", "data.png", "curves.png"}
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
     assert "hIoU" in text and "eta" in text
@@ -99,8 +99,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, root, tiny_clip_file)
     assert process.returncode == 0 and "--resume goes on" in rest
     stopped = torch.load(root / "resumed/last.pt", weights_only=True)["step"]
     assert 0 < stopped < 8
-    refused = command("train.py", *args, "--resume", "--lr", "0.5", ok=False)
-    assert "lr was 0.003, is 0.5" in refused.stderr and "Traceback" not in refused.stderr
+    refused = command("train.py", *args, "--resume", "--seed", "5", ok=False)
+    assert "seed was 0, is 5" in refused.stderr and "Traceback" not in refused.stderr
     command("train.py", *args, "--resume")
     ours, whole = (torch.load(folder / "last.pt", weights_only=True) for folder in (root / "resumed", run[0]))
     assert all(torch.equal(ours["model"][key], value) for key, value in whole["model"].items())
@@ -219,6 +219,36 @@ def test_sliding_windows_against_a_loop(size):
         want = (total / count - gamma * seen[:, None, None]).argmax(0)
         assert (got[gamma] == want).float().mean() > 0.999  # ties in rounding aside
     assert (got[0.0] != got[0.3]).any()
+
+
+@pytest.mark.parametrize("block", [7, 64])
+def test_no_class_that_wins_is_left_out(block, monkeypatch):
+    """Many classes, few near each place; windows, another output size, and a γ that silences the seen classes."""
+    monkeypatch.setitem(evaluate.BLOCK, "cpu", block)
+    torch.manual_seed(0)
+    field = torch.nn.functional.interpolate(torch.randn(1, 60, 4, 5), (20, 25), mode="bicubic")
+
+    class Field(torch.nn.Module):
+        def logits(self, images):  # the place stands in the picture: rows in red, columns in green
+            y, x = ((images[:, c, ::4, ::4] * 255).round() for c in (0, 1))
+            return torch.stack([field[0][:, (i / 4).long(), (j / 4).long()] for i, j in zip(y, x)])
+
+    image = torch.zeros(3, 80, 100, dtype=torch.uint8)
+    image[0], image[1] = torch.arange(80)[:, None], torch.arange(100)
+    seen, gammas, total = torch.arange(60) % 3 > 0, (0.0, 0.5, evaluate.UNSEEN_ALONE), torch.zeros(60, 80, 100)
+    count = torch.zeros(80, 100)
+    for top in (0, 30, 32):
+        for left in (0, 30, 52):
+            part = image[None, :, top:top + 48, left:left + 48].float() / 255
+            up = torch.nn.functional.interpolate(Field().logits(part), (48, 48), mode="bilinear")[0]
+            total[:, top:top + 48, left:left + 48] += up
+            count[top:top + 48, left:left + 48] += 1
+    scores = torch.nn.functional.interpolate((total / count)[None], (53, 131), mode="bilinear")[0]
+    got = evaluate.predict(Field(), image, seen, gammas, None, 48, 30, out_size=(53, 131))
+    for gamma in gammas:
+        want = (scores - gamma * seen[:, None, None]).argmax(0)
+        assert (got[gamma] == want).float().mean() > 0.999
+        assert len(want.unique()) > 10
 
 
 def test_newest_run_and_none(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.functional import normalize
 
 import losses
@@ -121,6 +122,25 @@ def test_sam_compares_class_prototypes_with_text(kind):
                     total -= sum((logits[j] if j == k else -logits[j]).sigmoid().log() for j in range(4)) / 4
                 count += 1
     assert losses.sam_loss(z, t, labels, 0.07, kind).item() == pytest.approx((total / count).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("band", [1, 300, 2 ** 20])
+def test_cross_entropy_in_bands_is_the_plain_one(band, monkeypatch):
+    """Value and gradient, whatever is held at a time; sides that are no multiples of the grid's."""
+    monkeypatch.setitem(losses.BAND, "cpu", band)
+    torch.manual_seed(0)
+    z, t = normalize(torch.randn(2, 8, 4, 5, dtype=torch.double), dim=1), torch.randn(7, 8, dtype=torch.double)
+    labels = torch.randint(7, (2, 30, 23), dtype=torch.uint8)
+    labels[torch.rand(labels.shape) < 0.3] = 255
+    found = []
+    for banded in (True, False):
+        x = z.clone().requires_grad_()
+        logits = F.interpolate(losses.pixel_text_logits(x, t, 0.2), labels.shape[1:], mode="bilinear")
+        loss = (losses.cross_entropy_loss(x, t, labels, 0.2) if banded else
+                F.cross_entropy(logits, labels.long(), ignore_index=255))
+        loss.backward()
+        found.append((loss.detach(), x.grad))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(*found))
 
 
 def test_gradients():

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import evaluate
+import guard
 import losses
 import model as models
 import train
@@ -45,9 +45,9 @@ ROWS = {  # row: (what it is, flags of train.py); every row but the first change
     "attention-self": ("each token attends to itself", ["--attention", "self"]),
     "positional": ("CLIP's positions added to the tokens", ["--positional"]),
     "all-k": ("k = N throughout: every position distilled", ["--k-schedule", "constant", "--k-end", "1"]),
-    "fixed-k-0.3": ("k = 0.3 N throughout", ["--k-schedule", "constant", "--k-end", "0.3"]),
+    "fixed-k-0.4": ("k = 0.4 N throughout", ["--k-schedule", "constant", "--k-end", "0.4"]),
     "fixed-k-0.1": ("k = 0.1 N throughout", ["--k-schedule", "constant", "--k-end", "0.1"]),
-    "k-end-0.02": ("k falls to 0.02 N", ["--k-end", "0.02"]),
+    "k-end-0.1": ("k falls to 0.1 N", ["--k-end", "0.1"]),
     "k-cosine": ("k falls along a cosine", ["--k-schedule", "cosine"]),
     "random-k": ("k positions at random, not the most similar", []),
     "per-feature": ("1 − cosine of each of the k features, no contrast", []),
@@ -55,7 +55,7 @@ ROWS = {  # row: (what it is, flags of train.py); every row but the first change
     "sam-bce": ("SAM by binary cross-entropy", []),
     "nel": ("focal + dice instead of cross-entropy", ["--seg-loss", "nel"]),
     "tau-0.07": ("τ = 0.07 instead of CLIP's own", ["--temperature", "0.07"]),
-    "sgd-0.2": ("λ_sgd = 0.2", ["--sgd-weight", "0.2"]),
+    "sgd-0.5": ("λ_sgd = 0.5", ["--sgd-weight", "0.5"]),
     "strict": ("images that hold unseen classes dropped", ["--strict"]),
 }
 
@@ -155,7 +155,7 @@ def main(args):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:  # one run of a row that is in VARIANTS
         VARIANTS[sys.argv[2]]()
-        evaluate.run_command(train.main, lambda: train.parse(sys.argv[3:]))
+        guard.run_command(train.main, lambda: train.parse(sys.argv[3:]))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",

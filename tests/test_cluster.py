@@ -1,0 +1,255 @@
+"""What happens on shared machines, by subprocesses of the real commands: kills, signals, full disks, many processes."""
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_trust import FLAGS, ROOT, command, load, own, same  # noqa: F401
+
+import checkpoint
+import train
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {root!r})
+import data, guard, train
+train.LOG_EVERY = 1
+rank, seen = os.environ.get("RANK", "0"), []
+open(os.path.join({pids!r}, rank), "w").write(str(os.getpid()))
+if os.environ.get("FAIL_RANK") == rank:
+    read = data.read_image
+    def read_image(path):
+        seen.append(path)
+        if len(seen) > 30:
+            raise data.DataError(f"cannot read the image {{path}} (made up): replace it")
+        return read(path)
+    data.read_image = read_image
+guard.run_command(train.main, train.parse)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """train.py that logs each step and leaves its processes' ids; FAIL_RANK's images turn bad after a while."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "logs_all.py").write_text(SCRIPT.format(root=str(ROOT), pids=str(folder)))
+    return folder / "logs_all.py"
+
+
+def start(script, *args, ranks=1, launcher=(), **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more.pop("env", {})}
+    front = [sys.executable]
+    if ranks > 1 or launcher:
+        front += ["-m", "torch.distributed.run", *(launcher or ["--standalone"]), f"--nproc-per-node={ranks}"]
+    return subprocess.Popen([*map(str, front), str(script), *map(str, args)], text=True, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **more)
+
+
+def finish(process, ok=True, seconds=200):
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode == 0) == ok, out + err
+    return out, err
+
+
+def wait_for(process, words):
+    for line in process.stdout:
+        if line.startswith(words):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def log(out):
+    """The log's lines, without the time they took."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def parts(out):
+    return torch.tensor([[line[key] for key in ("loss", "loss_seg", "loss_sgd", "loss_sam")] for line in log(out)])
+
+
+@pytest.fixture(scope="module")
+def base(own, tiny_clip_file):  # noqa: F811
+    return ["--dataset", own, "--clip", tiny_clip_file, *FLAGS, "--steps", STEPS, "--save-every", 1]
+
+
+@pytest.fixture(scope="module")
+def whole(script, base, tmp_path_factory):
+    """The uninterrupted run: folder, seconds of its loop."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = start(script, *base, "--out-dir", out)
+    wait_for(process, "step     0/")
+    begin = time.time()
+    wait_for(process, f"step    {STEPS - 1}/")
+    seconds = time.time() - begin
+    finish(process)
+    return out, seconds
+
+
+def equal(out, whole):
+    assert same(load(out / "last.pt"), load(whole / "last.pt"))
+    assert log(out) == log(whole)
+
+
+def test_killed_at_random_moments(script, base, whole, tmp_path, monkeypatch):
+    """kill -9, twenty times, a save at every step; then --resume: tensors, optimiser, bank and log as if never."""
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    rng, resumed, during = random.Random(0), 0, 0
+    for i in range(20):
+        out = tmp_path / str(i)
+        process = start(script, *base, "--out-dir", out)
+        wait_for(process, "step     0/")
+        time.sleep(rng.uniform(0, whole[1]))
+        process.kill()
+        process.communicate()
+        during += (out / ".partial.last.pt").exists()
+        again = ["--resume"] if (out / "last.pt").exists() else []
+        if again:
+            checkpoint.read_checkpoint(out / "last.pt")
+            resumed += 1
+        status, text, words = command(train, *base, "--out-dir", out, *again)
+        assert status == 0, text + words
+        equal(out, whole[0])
+        assert not list(out.glob(".*"))
+    assert resumed >= 15 and during >= 1, (resumed, during)
+
+
+@pytest.mark.parametrize("how", ["tmpfs", "quota"])
+def test_full_disk(how, script, base, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    size = (whole[0] / "last.pt").stat().st_size
+    out, more = tmp_path / "out", []
+    out.mkdir()
+    mounted = how == "tmpfs" and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", out], capture_output=True).returncode
+    if how == "tmpfs" and not mounted:
+        pytest.skip("needs the right to mount")
+    try:
+        limit = None
+        if how == "quota":  # a first save, then no file larger than half a checkpoint
+            process = start(script, *base, "--out-dir", out)
+            wait_for(process, "step     3/")
+            process.send_signal(signal.SIGTERM)
+            finish(process)
+            limit, more = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2,) * 2)), ["--resume"]
+        _, err = finish(start(script, *base, "--out-dir", out, *more, preexec_fn=limit), ok=False)
+        assert re.fullmatch(r"error: step \d+ could not be saved in [^\n]*is the disk full\?[^\n]*\n", err), err
+        assert 0 < checkpoint.read_checkpoint(out / "last.pt")["step"] < STEPS and not list(out.glob(".*"))
+        free = tmp_path / "free"
+        free.mkdir()
+        for name in ("last.pt", "log.jsonl"):
+            (free / name).write_bytes((out / name).read_bytes())
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", out], check=True)
+    status, text, words = command(train, *base, "--out-dir", free, "--resume")
+    assert status == 0, text + words
+    equal(free, whole[0])
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def ranks(script, base, tmp_path_factory):
+    """The same run by two and by three processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for n in (2, 3):
+        finish(start(script, *base, "--out-dir", folder / str(n), ranks=n))
+    return folder
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(whole, ranks):
+    for n in (2, 3):
+        assert parts(ranks / str(n)).shape == (STEPS, 4)
+        assert (parts(ranks / str(n)) - parts(whole[0])).abs().max() < 1e-5
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(whole, tmp_path):
+    results = []
+    for n in (1, 2, 3):
+        finish(start(ROOT / "evaluate.py", "--checkpoint", whole[0] / "last.pt", "--out-dir", tmp_path / str(n),
+                     "--device", "cpu", ranks=n))
+        results.append((tmp_path / str(n) / "metrics.json").read_text())
+    assert results[0] == results[1] == results[2] == (whole[0] / "metrics.json").read_text().replace("\r", "")
+
+
+def test_a_batch_that_does_not_divide(script, base, tmp_path):
+    _, err = finish(start(script, *base, "--batch-size", 5, "--out-dir", tmp_path / "out", ranks=2), ok=False)
+    assert re.findall("^error: .*", err, re.M) == ["error: --batch-size 5 does not divide among 2 processes: use 4"]
+
+
+@pytest.mark.parametrize("whom", ["one", "all"])
+def test_a_signal_to_one_process_or_to_all_saves_at_the_next_step(whom, script, base, whole, tmp_path, monkeypatch):
+    """`all`: launcher, processes and their loaders at once, as a scheduler does before it takes the machine away."""
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    out = tmp_path / "out"
+    process = start(script, *base, "--save-every", 500, "--workers", 2, "--out-dir", out, ranks=2)
+    wait_for(process, "step     3/")
+    if whom == "one":
+        os.kill(int((script.parent / "1").read_text()), signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    text, err = finish(process, ok=whom == "one")  # the launcher itself reports a signal as such
+    assert re.search(r"stopped after step \d+, saved", text), text + err
+    assert "error:" not in err and 4 <= load(out / "last.pt")["step"] <= 8
+    status, text, words = command(train, *base, "--out-dir", out, "--resume")
+    assert status == 0 and "allowed: 2 processes before, 1 now" in text, words
+    assert (parts(out) - parts(whole[0])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("how", ["killed", "bad image"])
+def test_one_process_that_ends_ends_all_within_a_minute(how, script, base, tmp_path):
+    env = {"FAIL_RANK": "1"} if how == "bad image" else {}
+    process = start(script, *base, "--steps", 5000, "--save-every", 5000, "--out-dir", tmp_path / "out", ranks=3,
+                    env=env)
+    wait_for(process, "step     0/")
+    if how == "killed":
+        os.kill(int((script.parent / "1").read_text()), signal.SIGKILL)
+    begin = time.time()
+    _, err = finish(process, ok=False, seconds=60)
+    words = re.findall("^error: .*", err, re.M)
+    if how == "killed":
+        assert not words and "SIGKILL" in err, err  # the launcher's own report
+    else:
+        assert len(words) == 1 and re.match(r"error: cannot read the image .*made up", words[0]), err
+    assert time.time() - begin < 60
+    for rank in "012":
+        assert not Path(f"/proc/{(script.parent / rank).read_text()}").exists()
+
+
+def test_two_launchers_without_a_shared_folder(script, base, whole, tmp_path):
+    """torchrun --nnodes 2 as on two machines, over loopback; only the first writes, and only it needs the run."""
+    def launch(*more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=7"]
+        return [start(script, *base, *more, "--out-dir", "out", launcher=launcher, cwd=tmp_path / name)
+                for name in ("first", "second")]
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    nodes = launch()
+    wait_for(nodes[0], "step     3/")
+    os.kill(int((script.parent / "1").read_text()), signal.SIGTERM)  # on the second
+    texts = [finish(node)[0] for node in nodes]
+    assert "stopped after step" in texts[0] and not texts[1]
+    texts = [finish(node)[0] for node in launch("--resume")]
+    assert "hIoU" in texts[0] and not texts[1] and not list((tmp_path / "second").iterdir())
+    assert (parts(tmp_path / "first/out") - parts(whole[0])).abs().max() < 1e-5
