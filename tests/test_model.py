@@ -97,6 +97,14 @@ def test_a_trained_state_round_trips_without_the_image_tower(tiny_clip, tiny_cli
         models.build(tiny_clip, head="linear").load_trained_state(model.trained_state())
 
 
+def test_body_sees_imagenets_normalisation(tiny_clip, monkeypatch):
+    from torchvision.transforms.v2.functional import normalize as standardise
+    model, images, seen = models.build(tiny_clip), torch.rand(2, 3, 32, 32), []
+    model.body.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(images)
+    assert torch.allclose(seen[0], standardise(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), atol=1e-6)
+
+
 def test_set_classes_at_any_time(tiny_clip):
     model = models.build(tiny_clip)
     templates = ["a photo of {}", "{}"]
