@@ -144,9 +144,9 @@ def calibrate(model, source, device, images=100, loss=0.01):
     was_training = model.training
     model.eval()
     step = max(len(source.train) // images, 1)
-    for _, image, mask in source.train[::step][:images]:
-        labels = data.read_mask(mask, table, len(source.classes))
-        image = data.read_image(image).as_subclass(torch.Tensor)
+    for file in source.train[::step][:images]:
+        _, image, labels = data.read_pair(file, table, len(source.classes))
+        image = image.as_subclass(torch.Tensor)
         if min(image.shape[1:]) > source.recipe.window:
             factor = source.recipe.window / min(image.shape[1:])
             image = TF.resize(image, [round(side * factor) for side in image.shape[1:]])
@@ -229,13 +229,11 @@ def table(result, source):
 
 def preview(model, source, device, path, images=6):
     """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
-    K, recipe, values = len(source.classes), source.recipe, source.table(training=False)
-    seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    rows, shown = [], set()
+    recipe, view, rows, shown = source.recipe, data.ValSet(source), [], set()
+    seen = torch.tensor([k not in source.unseen for k in range(len(source.classes))], device=device)
     model.eval()
-    for _, image, mask in source.val[:images]:
-        image = data.read_image(image).as_subclass(torch.Tensor)
-        truth = data.read_mask(mask, values, K).as_subclass(torch.Tensor)
+    for i in range(min(images, len(view))):
+        image, truth, _ = view[i]
         maps = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)
         prediction = maps[0.0].cpu()
         shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())

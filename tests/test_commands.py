@@ -48,7 +48,9 @@ def test_train_leaves_what_the_readme_says(run):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"step", "loss", "loss_seg", "loss_sgd", "loss_sam", "k", "lr", "seconds"} <= set(log[0])
     assert log[0]["k"] == 256 and log[-2]["k"] == 26 and log[-2]["step"] == 7
-    assert log[0]["loss"] == pytest.approx(sum(log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")), abs=1e-5)
+    weights = json.loads((out / "config.json").read_text()) | {"seg_weight": 1}
+    parts = [weights[f"{part}_weight"] * log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")]
+    assert log[0]["loss"] == pytest.approx(sum(parts), abs=1e-5)
     result = json.loads((out / "metrics.json").read_text())
     assert set(result) == {"gamma_0", "calibrated", "dataset", "images", "checkpoint"}
     assert log[-1]["step"] == 8 and log[-1]["hIoU"] == result["gamma_0"]["hIoU"]
