@@ -90,8 +90,8 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
             c = columns[x:x + side]
             part = logits[:, r.any(0)][:, :, c.any(0)]  # (K, i, j): what reaches this block
             largest, least = part.amax((1, 2)), part.amin((1, 2))
-            wins = torch.stack([largest - gamma * seen >= (least - gamma * seen).max() for gamma in gammas])
-            k = wins.any(0).nonzero()[:, 0]  # (K',)
+            loses = torch.stack([largest - gamma * seen < (least - gamma * seen).max() for gamma in gammas])
+            k = (~loses.all(0)).nonzero()[:, 0]  # (K',); all, where logits are not finite
             tall = r[:, r.any(0)] @ part[k]  # (K', y, j)
             scores = c[:, c.any(0)] @ tall.permute(1, 2, 0)  # (y, x, K')
             for gamma, label in labels.items():

@@ -75,7 +75,7 @@ def test_every_body_trains_by_the_same_path(name, folder, tiny_clip_file, tmp_pa
         "2", "--lr", "1", "--batch-size", "2", "--crop", "64", "--workers", "0", "--device", "cpu",
         "--out-dir", str(tmp_path)]))  # this lr, as the steps are the first of a long warm-up
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert result["images"] == 2 and all(0 < line["loss"] < float("inf") for line in log)
+    assert result["images"] == 2 and all(0 < line["loss"] < float("inf") for line in log[:-1])
     for key, p in moved["model"].named_parameters():
         assert torch.equal(p, moved["before"][key]) != p.requires_grad, key
     assert torch.load(tmp_path / "last.pt", weights_only=True)["config"]["body"] == name

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_inside
 from PIL import Image
 
 import evaluate
+import train
 from toy import world
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,7 @@ def test_train_leaves_what_the_readme_says(run):
     out, text = run
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"step", "loss", "loss_seg", "loss_sgd", "loss_sam", "k", "lr", "seconds"} <= set(log[0])
-    assert log[0]["k"] == 256 and log[-2]["k"] == 26 and log[-2]["step"] == 7
+    assert log[0]["k"] == 256 and log[-2]["k"] == 102 and log[-2]["step"] == 7
     weights = json.loads((out / "config.json").read_text()) | {"seg_weight": 1}
     parts = [weights[f"{part}_weight"] * log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")]
     assert log[0]["loss"] == pytest.approx(sum(parts), abs=1e-5)
@@ -129,8 +131,9 @@ def test_two_processes_train_like_one(run, root, tiny_clip_file):
 def test_every_switch_trains_and_evaluates(args, root, tiny_clip_file):
     out = root / "-".join(args).replace("/", "")
     base = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--steps", "3", "--out-dir", out]
-    command("train.py", *base, *args)
-    command("evaluate.py", "--run", out, "--device", "cpu")
+    for module, flags in ((train, [*base, *args]), (evaluate, ["--run", out, "--device", "cpu"])):
+        status, text, words = run_inside(module, *flags)
+        assert status == 0 and "hIoU" in text, words
 
 
 def test_own_data_with_jpegs_of_different_sizes(root, tiny_clip_file, tmp_path):
@@ -142,27 +145,27 @@ def test_own_data_with_jpegs_of_different_sizes(root, tiny_clip_file, tmp_path):
         mask = own / "masks" / path.name
         Image.open(mask).resize(size, Image.NEAREST).save(mask)
     out = tmp_path / "run"
-    done = command("train.py", "--dataset", own, "--clip", tiny_clip_file, "--body", "small", "--crop", "64", *SHORT,
-                   "--out-dir", out)
-    assert "hIoU" in done.stdout
-    command("evaluate.py", "--checkpoint", out / "last.pt", "--device", "cpu")
+    flags = ["--dataset", own, "--clip", tiny_clip_file, "--body", "small", "--crop", "64", *SHORT, "--out-dir", out]
+    for module, args in ((train, flags), (evaluate, ["--checkpoint", out / "last.pt", "--device", "cpu"])):
+        status, text, words = run_inside(module, *args)
+        assert status == 0 and "hIoU" in text, words
 
 
-@pytest.mark.parametrize("script, args, message", [
-    ("train.py", ["--dataset", "nowhere"], "no folder nowhere"),
-    ("train.py", ["--clip", "ViT-B/17"], "ViT-B/32"),
-    ("train.py", ["--frozen-blocks", "9"], "this CLIP has 0 to 4"),
-    ("train.py", ["--resume"], "no checkpoint"),
-    ("evaluate.py", ["--run", "nowhere"], "no checkpoint nowhere/last.pt"),
-    ("evaluate.py", ["--checkpoint", "README.md"], "README.md is no checkpoint"),
+@pytest.mark.parametrize("module, args, message", [
+    (train, ["--dataset", "nowhere"], "no folder nowhere"),
+    (train, ["--clip", "ViT-B/17"], "ViT-B/32"),
+    (train, ["--frozen-blocks", "9"], "this CLIP has 0 to 4"),
+    (train, ["--resume"], "no checkpoint"),
+    (evaluate, ["--run", "nowhere"], "no checkpoint nowhere/last.pt"),
+    (evaluate, ["--checkpoint", "README.md"], "README.md is no checkpoint"),
 ])
-def test_errors_are_one_line(script, args, message, root, tiny_clip_file, tmp_path):
-    if script == "train.py":
+def test_errors_are_one_line(module, args, message, root, tiny_clip_file, tmp_path):
+    if module is train:
         args = ["--data-root", root / "toy", "--clip", tiny_clip_file, "--out-dir", tmp_path, *args]
         if "--dataset" in args:
             args = args[2:]
-    done = command(script, *args, ok=False)
-    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", done.stderr), done.stderr
+    status, _, words = run_inside(module, *args)
+    assert status == 1 and re.fullmatch(rf"error: [^\n]*{message}[^\n]*", words), words
 
 
 def test_errors_in_loader_processes_are_one_line_too(root, tiny_clip_file, tmp_path):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import clip
 import data
 import evaluate
 import model as models
 import pictures
 import predict
-import train
 from toy import world
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def run(tmp_path_factory, tiny_clip_file):
               "templates": list(world.TEMPLATES), "test": {"sides": [48, 96], "window": 64, "stride": 48}}
     torch.manual_seed(0)
     net = models.build(clip.load(tiny_clip_file), **config)
-    train.save(out / "last.pt", net, torch.optim.AdamW(net.parameters()), 1, torch.empty(0, 128), 0.0, config)
+    checkpoint.save(out, net, torch.optim.AdamW(net.parameters()), 1, torch.empty(0, 128), 0.0, config)
     return out
 
 

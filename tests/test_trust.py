@@ -1,6 +1,4 @@
 """Interrupted, resumed, fed with garbage: nothing is lost, nothing is run, and what is wrong is said in one line."""
-import contextlib
-import io
 import os
 import pickle
 import re
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_inside
 from PIL import EpsImagePlugin, Image
 
 import checkpoint
@@ -44,17 +43,6 @@ def own(tmp_path_factory):
     return root
 
 
-def command(module, *argv):
-    """The command in this process -> (exit status, what it printed, its last words)."""
-    argv, out = [str(a) for a in argv], io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            guard.run_command(module.main, lambda: module.parse(argv))
-        except SystemExit as end:
-            return 1, out.getvalue(), str(end.code)
-    return 0, out.getvalue(), ""
-
-
 @pytest.fixture
 def flags(own, tiny_clip_file):
     return ["--dataset", own, "--clip", tiny_clip_file, *FLAGS]
@@ -64,7 +52,7 @@ def flags(own, tiny_clip_file):
 def run(own, tiny_clip_file, tmp_path_factory):
     """A run of four steps that saved every two."""
     out = tmp_path_factory.mktemp("run") / "out"
-    status, text, words = command(train, "--dataset", own, "--clip", tiny_clip_file, *FLAGS, "--steps", 4,
+    status, text, words = run_inside(train, "--dataset", own, "--clip", tiny_clip_file, *FLAGS, "--steps", 4,
                                   "--save-every", 2, "--out-dir", out)
     assert status == 0, text + words
     return out
@@ -118,7 +106,7 @@ def test_former_is_the_save_before_last(run, flags, tmp_path, monkeypatch):
     copy(run, tmp_path / "again")
     before = load(run / "last.pt")
     assert before["step"] == 4 and before["gamma"] is not None
-    status, text, _ = command(train, *flags, "--steps", 4, "--save-every", 3, "--out-dir", tmp_path / "again")
+    status, text, _ = run_inside(train, *flags, "--steps", 4, "--save-every", 3, "--out-dir", tmp_path / "again")
     assert status == 0 and "of the run before is now former.pt" in text
     assert saved == [3, 4, 4] and load(tmp_path / "again/former.pt")["gamma"] is None
     assert same(load(tmp_path / "again/last.pt")["model"], before["model"])  # however often one saves
@@ -136,7 +124,7 @@ def test_a_disk_that_fills_leaves_the_former_checkpoint(run, flags, tmp_path, mo
         raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534\nmore")
 
     monkeypatch.setattr(torch, "save", full)
-    status, _, words = command(train, *flags, "--steps", 4, "--resume", "--out-dir", out)
+    status, _, words = run_inside(train, *flags, "--steps", 4, "--resume", "--out-dir", out)
     assert status == 1 and re.fullmatch(r"error: step 4 could not be saved[^\n]*is the disk full\?[^\n]*", words)
     assert (out / "last.pt").read_bytes() == good and not list(out.glob(".*"))
 
@@ -152,14 +140,14 @@ def test_damage_is_named_and_the_former_offered(run, flags, tmp_path):
         out = copy(run, tmp_path / str(i))
         (out / "last.pt").write_bytes(bad)
         what = "is truncated or damaged" if bad[:2] == b"PK" else "is no checkpoint"
-        for words in (command(train, *flags, "--steps", 4, "--resume", "--out-dir", out)[2],
-                      command(evaluate, "--run", out)[2]):
+        for words in (run_inside(train, *flags, "--steps", 4, "--resume", "--out-dir", out)[2],
+                      run_inside(evaluate, "--run", out)[2]):
             assert words.startswith(f"error: {out}/last.pt {what}") and "\n" not in words
             assert words.endswith(f"{out}/former.pt of step 4, is whole: rename it to last.pt to go on from there")
         (out / "former.pt").write_bytes(bad)
-        assert "former.pt" in command(evaluate, "--run", out)[2]
+        assert "former.pt" in run_inside(evaluate, "--run", out)[2]
         (out / "former.pt").unlink()
-        assert "rename" not in command(evaluate, "--run", out)[2]
+        assert "rename" not in run_inside(evaluate, "--run", out)[2]
 
 
 def hostile(path, flag):
@@ -175,7 +163,7 @@ def hostile(path, flag):
 def test_a_hostile_checkpoint_runs_nothing(tmp_path):
     for make in hostile(tmp_path / "last.pt", tmp_path / "ran").values():
         make()
-        status, _, words = command(evaluate, "--run", tmp_path)
+        status, _, words = run_inside(evaluate, "--run", tmp_path)
         assert status == 1 and re.fullmatch(r"error: [^\n]*of train.py[^\n]*", words)
     assert not (tmp_path / "ran").exists()
 
@@ -192,7 +180,7 @@ def test_a_checkpoint_with_foreign_settings_writes_nothing(run, tmp_path, monkey
     (tmp_path / "run").mkdir()
     torch.save(saved, tmp_path / "run/last.pt")
     monkeypatch.chdir(tmp_path / "run")
-    status, _, words = command(evaluate, "--checkpoint", tmp_path / "run/last.pt")
+    status, _, words = run_inside(evaluate, "--checkpoint", tmp_path / "run/last.pt")
     if key == "clip_model":
         assert status == 0
     else:
@@ -238,20 +226,20 @@ def test_resume_says_which_settings_may_change(run, flags, own, tmp_path):
     base = [*flags, "--steps", 4, "--out-dir", out, "--resume"]
     for change, words in ((["--batch-size", 4], "batch_size was 6, is 4"), (["--steps", 9], "steps was 4, is 9"),
                           (["--seed", 1], "seed was 0, is 1"), (["--bank", 3], "bank was 256, is 3")):
-        status, _, said = command(train, *base, *change)
+        status, _, said = run_inside(train, *base, *change)
         assert status == 1 and words in said and "\n" not in said
     saved = load(out / "last.pt")
     torch.save({**saved, "processes": 3}, out / "last.pt")
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')  # later lines, and one torn by a full disk
     logged = (out / "log.jsonl").read_text().splitlines()[:-3]  # the scores are written again
-    status, text, said = command(train, *base, "--lr", 1e-5, "--data-root", own, "--save-every", 1)
+    status, text, said = run_inside(train, *base, "--lr", 1e-5, "--data-root", own, "--save-every", 1)
     assert status == 0, said
     for words in ("lr was 0.0002, is 1e-05", f"data_root was None, is {own}", "3 processes before, 1 now"):
         assert f"resume  allowed: {words}" in text
     assert (out / "log.jsonl").read_text().splitlines()[:-1] == logged  # no step was left to do
     torch.save({**saved, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}}, out / "last.pt")
-    assert "its optimiser, step or bank" in command(train, *base)[2]
+    assert "its optimiser, step or bank" in run_inside(train, *base)[2]
 
 
 def test_stopped_and_resumed_equals_uninterrupted(run, flags, tmp_path, monkeypatch):
@@ -267,10 +255,10 @@ def test_stopped_and_resumed_equals_uninterrupted(run, flags, tmp_path, monkeypa
 
     monkeypatch.setattr(losses, "sgd_loss", interrupt)
     out, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)
-    status, text, _ = command(train, *flags, "--steps", 4, "--out-dir", out)
+    status, text, _ = run_inside(train, *flags, "--steps", 4, "--out-dir", out)
     assert status == 0 and "stopped after step 1" in text and "--resume goes on" in text
     assert load(out / "last.pt")["step"] == 2 and signal.getsignal(signal.SIGTERM) == handler
-    status, text, words = command(train, *flags, "--steps", 4, "--out-dir", out, "--resume")
+    status, text, words = run_inside(train, *flags, "--steps", 4, "--out-dir", out, "--resume")
     assert status == 0, words
     assert same(load(out / "last.pt"), load(run / "last.pt"))
 
@@ -286,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_files(run, flags, tmp
         return sam_loss(*args) * (torch.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(losses, "sam_loss", poison)
-    status, _, words = command(train, *flags, "--steps", 4, "--out-dir", tmp_path)
+    status, _, words = run_inside(train, *flags, "--steps", 4, "--out-dir", tmp_path)
     assert status == 1 and "\n" not in words
     assert re.match(r"error: step 2 is not finite: loss nan, seg [\d.]+, sgd [\d.]+, sam nan", words)
     names = [f"n{order[1]}." for order in list(data.Steps(8, 6, 0, 4))[2]]
@@ -294,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_files(run, flags, tmp
     saved = load(tmp_path / "last.pt")
     assert saved["step"] == 2 and same(saved["optimizer"]["state"][0]["step"], torch.tensor(2.0))
     monkeypatch.setattr(losses, "sam_loss", sam_loss)  # the state before the step is good: from it the run goes on
-    assert command(train, *flags, "--steps", 4, "--out-dir", tmp_path, "--resume")[0] == 0
+    assert run_inside(train, *flags, "--steps", 4, "--out-dir", tmp_path, "--resume")[0] == 0
     assert same(load(tmp_path / "last.pt")["model"], load(run / "last.pt")["model"])
 
 
