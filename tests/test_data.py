@@ -144,7 +144,7 @@ def truncated(root):
 
 BROKEN = {
     "masks": (rgb_mask, "train_00003.png is RGB"), "value": (wrong_value, "train_00003.png holds the value 77"),
-    "size": (wrong_size, r"train_00003: image \(64, 64\) and mask \(32, 64\)"),
+    "size": (wrong_size, r"train_00003.png is \(64, 64\) pixels, its mask .*train_00003.png is \(32, 64\)"),
     "jpeg": (truncated, "cannot read the image .*train_00003.png"),
     "no mask": (lambda root: (root / "masks/val_00001.png").unlink(), "names 'val_00001', but no mask"),
     "no list": (lambda root: (root / "val.txt").unlink(), "cannot read .*val.txt"),
