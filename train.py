@@ -62,6 +62,7 @@ def main(args):
             raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
     torch.manual_seed(args.seed)
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
+    warmup = recipe.warmup * args.steps / recipe.steps  # another number of steps, the same shape of the schedule
     inductive = "inductive: pixels of unseen classes are hidden from every loss, their images kept"
     if args.strict:
         kept = checkpoint.from_first_process(lambda: data.without_unseen(source, args.workers))
@@ -147,7 +148,7 @@ def main(args):
     for step, (images, labels) in enumerate(loader, first_step):
         torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # a body that draws does so alike when resumed
         for group, full in zip(optimizer.param_groups, full_lr):
-            group["lr"] = full * warmup_poly(step, args.steps, recipe.warmup)
+            group["lr"] = full * warmup_poly(step, args.steps, warmup)
         images = images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W)
         labels = labels.to(device, non_blocking=True)  # (B, H, W), index among the seen classes, or 255
 
@@ -274,7 +275,7 @@ def parse(argv=None):
     group("--positional", action="store_true", help="add CLIP's positional table to the head's tokens (default: not)")
 
     group = parser.add_argument_group("schedule").add_argument
-    group("--steps", type=int, help=f"optimiser steps {recipe}")
+    group("--steps", type=int, help=f"optimiser steps; warm-up keeps its share of them {recipe}")
     group("--batch-size", type=int, help=f"images a step, over all processes {recipe}")
     group("--lr", type=float, help=f"AdamW's peak rate {recipe}")
     group("--crop", type=int, help=f"training crop, pixels a side {recipe}")
