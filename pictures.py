@@ -150,7 +150,7 @@ def places(index, boxes):
 
         def share(of, times=1, rx=rx, ry=ry):  # of a box about each cell
             rx, ry = times * rx, times * ry
-            return F.avg_pool2d(of, (2 * ry + 1, 2 * rx + 1), 1, (ry, rx))
+            return F.avg_pool2d(F.avg_pool2d(of, (2 * ry + 1, 1), 1, (ry, 0)), (1, 2 * rx + 1), 1, (0, rx))
 
         free = (share(torch.ones_like(taken)) > 0.999)
         for _ in range(3):

@@ -29,7 +29,8 @@ def run(tmp_path_factory, tiny_clip_file):
     out = tmp_path_factory.mktemp("predict") / "run"
     out.mkdir()
     config = {"clip": str(tiny_clip_file), "body": "small", "head": "csh", "dataset": "nowhere", "data_root": None,
-              "split": None, "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1],
+              "split": None, "stride": None, "frozen_blocks": 1, "attention": "qk", "positional": False,
+              "temperature": None, "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1],
               "templates": list(world.TEMPLATES), "test": {"sides": [48, 96], "window": 64, "stride": 48}}
     torch.manual_seed(0)
     net = models.build(clip.load(tiny_clip_file), **config)
@@ -124,17 +125,6 @@ def test_synonyms_others_and_threshold(run, photo):
     for wrong in ("", "cat, cat", [f"thing {i}" for i in range(254)]):
         with pytest.raises(data.DataError, match="different ones: expected 1 to 253"):
             ask(wrong)
-
-
-def test_memory_does_not_grow_with_the_number_of_classes(run, photo, monkeypatch):
-    """A small bound on what is upsampled at a time changes no label."""
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
-    whole = predict.segment(image, run=run, device="cpu")[0]
-    largest, real = [], torch.nn.functional.interpolate
-    monkeypatch.setattr(evaluate, "SCORES", 60 * 100 * 2)
-    monkeypatch.setattr(evaluate.F, "interpolate", lambda x, *a, **k: largest.append(x.shape[1]) or real(x, *a, **k))
-    assert torch.equal(predict.segment(image, run=run, device="cpu")[0], whole)
-    assert largest[-1] <= 2 and len(largest) > 2
 
 
 def test_the_command_writes_three_files_and_skips_what_is_no_picture(run, photo, tmp_path):
