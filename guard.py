@@ -28,7 +28,11 @@ def run_command(main, parse):
     speaks; those that only lost a connection wait longest, or not at all where its signal came before the loss."""
     args, patience = parse(), 5 if int(os.environ.get("RANK", 0)) else 0  # seconds
     try:
-        return main(args)
+        result = main(args)
+        if world_size() > 1:  # none leaves while another still talks to it
+            dist.barrier()
+            dist.destroy_process_group()
+        return result
     except KeyboardInterrupt:
         message = "interrupted"
     except (*ERRORS, OSError) as error:  # OSError: a full disk, a folder that may not be written

@@ -214,8 +214,6 @@ def main(args):
             log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")
             evaluate.report(result, model, source, device, out)
             print(f"trained and tested in {time.time() - start:.0f} s; next: python predict.py PICTURE --run {out}")
-    if ranks > 1:
-        dist.destroy_process_group()
     return result
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trust import FLAGS, ROOT, command, load, own, same  # noqa: F401
+from conftest import run_inside
+from test_trust import FLAGS, ROOT, load, own, same  # noqa: F401
 
 import checkpoint
 import train
@@ -122,7 +123,7 @@ def test_killed_at_random_moments(script, base, whole, tmp_path, monkeypatch):
         if again:
             checkpoint.read_checkpoint(out / "last.pt")
             resumed += 1
-        status, text, words = command(train, *base, "--out-dir", out, *again)
+        status, text, words = run_inside(train, *base, "--out-dir", out, *again)
         assert status == 0, text + words
         equal(out, whole[0])
         assert not list(out.glob(".*"))
@@ -157,7 +158,7 @@ def test_full_disk(how, script, base, whole, tmp_path, monkeypatch):
     finally:
         if mounted:
             subprocess.run(["umount", "-l", out], check=True)
-    status, text, words = command(train, *base, "--out-dir", free, "--resume")
+    status, text, words = run_inside(train, *base, "--out-dir", free, "--resume")
     assert status == 0, text + words
     equal(free, whole[0])
 
@@ -208,7 +209,7 @@ def test_a_signal_to_one_process_or_to_all_saves_at_the_next_step(whom, script, 
     text, err = finish(process, ok=whom == "one")  # the launcher itself reports a signal as such
     assert re.search(r"stopped after step \d+, saved", text), text + err
     assert "error:" not in err and 4 <= load(out / "last.pt")["step"] <= 8
-    status, text, words = command(train, *base, "--out-dir", out, "--resume")
+    status, text, words = run_inside(train, *base, "--out-dir", out, "--resume")
     assert status == 0 and "allowed: 2 processes before, 1 now" in text, words
     assert (parts(out) - parts(whole[0])).abs().max() < 1e-5
 

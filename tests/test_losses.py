@@ -225,6 +225,8 @@ for name, value in loss.items():
     dist.all_reduce(total)
     out[name] = total / 2, grad / 2  # what DDP's mean over ranks makes of it
 torch.save(out, f"{sys.argv[1]}/{r}.pt")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
