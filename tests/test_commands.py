@@ -254,6 +254,26 @@ def test_no_class_that_wins_is_left_out(block, monkeypatch):
         assert len(want.unique()) > 10
 
 
+MEMORY = """
+import resource, torch, evaluate
+class Noise:  # the worst case: any class may win anywhere
+    def __init__(self, K): self.K = K
+    def logits(self, images): return torch.randn(len(images), self.K, images.shape[2] // 16, images.shape[3] // 16)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+image = torch.randint(0, 256, (3, 1500, 2000), dtype=torch.uint8)
+for K in (20, 171):
+    evaluate.predict(Noise(K), image, torch.zeros(K, dtype=torch.bool))
+    print(peak())
+"""
+
+
+def test_memory_hardly_grows_with_the_number_of_classes():
+    """171 score maps of 1500×2000 pixels would be 1957 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, env=ENV, capture_output=True, text=True, check=True)
+    few, many = map(float, done.stdout.split())
+    assert many - few < 100, (few, many)
+
+
 def test_newest_run_and_none(tmp_path):
     from model import ModelError
     with pytest.raises(ModelError, match="train one with python train.py"):
