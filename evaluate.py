@@ -147,9 +147,8 @@ def calibrate(model, source, device, images=100, loss=0.01):
     for file in source.train[::step][:images]:
         _, image, labels = data.read_pair(file, table, len(source.classes))
         image = image.as_subclass(torch.Tensor)
-        if min(image.shape[1:]) > source.recipe.window:
-            factor = source.recipe.window / min(image.shape[1:])
-            image = TF.resize(image, [round(side * factor) for side in image.shape[1:]])
+        short = source.recipe.short_side or min(*image.shape[1:], source.recipe.window)
+        image = TF.resize(image, [round(side * short / min(image.shape[1:])) for side in image.shape[1:]])
         logits = model.logits(image[None].to(device).float() / 255)[0]  # (K, h, w)
         labels = labels.as_subclass(torch.Tensor)[None, None].float()
         truth = F.interpolate(labels, logits.shape[1:], mode="nearest-exact")[0, 0]
@@ -268,9 +267,8 @@ def pick_device(name=None):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
 
@@ -299,11 +297,12 @@ def main(args):
     if args.gamma is not None:
         gamma = args.gamma
     elif gamma is None or args.dataset:  # an unfinished run, or other classes
-        gamma = calibrate(model, source, device)
+        gamma = from_first_process(lambda: calibrate(model, source, device))
     result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
     result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
     if world_size() == 1 or dist.get_rank() == 0:
-        report(result, model, source, device, args.out_dir or checkpoint.parent)
+        other = Path(args.dataset).name if args.dataset else "."  # leaves the run's own figures alone
+        report(result, model, source, device, args.out_dir or checkpoint.parent / other)
     return result
 
 
@@ -323,7 +322,8 @@ def parse(argv=None):
           "alone, under that name: no joint figure")
     group("--save-predictions", type=Path, metavar="FOLDER", help="write NAME.png of each test image, class indexes in "
           "a palette, γ = 0 (default: none)")
-    group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder)")
+    group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; "
+          "with --dataset a folder of that name in it)")
     return parser.parse_args(argv)
 
 

@@ -31,6 +31,7 @@ import losses
 import model as models
 
 WEIGHT_DECAY = 0.01  # FIELD; none on norms, biases and other vectors
+UNDECAYED = ("relative_position_bias_table", "layer_scale")  # Swin's and ConvNeXt's biases and scales, no vectors there
 POLY_POWER = 0.9  # FIELD
 BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of new parts
 MAX_GRADIENT_NORM = 1.0  # OURS
@@ -46,7 +47,8 @@ def main(args):
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = evaluate.pick_device(args.device)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # --strict reads every mask while others wait
     first_rank = rank == 0
     say = print if first_rank else lambda *_, **__: None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may round differently each time
@@ -86,7 +88,7 @@ def main(args):
     model = models.build(teacher, **config).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)
     teacher.visual.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.body_weights != "none"), fused=True)
     full_lr = [group["lr"] for group in optimizer.param_groups]
     first_step, bank = 0, torch.empty(0, model.t.shape[1])
     if args.resume:
@@ -205,7 +207,10 @@ def main(args):
     result = None
     if not stopping:  # ---- all classes now: calibrate on seen training labels, save, score, draw
         model.set_classes(source.classes, source.templates)
-        gamma = evaluate.calibrate(model, source, device)
+        if ranks > 1:  # batch norm's statistics on CPUs are each process's own: the first one's are saved and tested
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        gamma = checkpoint.from_first_process(lambda: evaluate.calibrate(model, source, device))
         save(args.steps, gamma)
         result = evaluate.evaluate(model, source, device, gamma)
         result |= {"dataset": source.name, "checkpoint": str(out / "last.pt")}
@@ -226,14 +231,16 @@ def cls_embeddings(teacher, images):
     return F.normalize(teacher.encode_image(images).float(), dim=-1)
 
 
-def parameter_groups(model, lr):
-    """Explicit AdamW groups: pretrained backbone or new part, decayed (matrices) or not (norms, biases)."""
+def parameter_groups(model, lr, pretrained=True):
+    """Explicit AdamW groups: pretrained backbone or new part, decayed (matrices) or not (norms, biases, scales)."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((name.startswith("body.backbone."), p.ndim >= 2), []).append(p)
-    return [dict(params=params, lr=lr * (BACKBONE_LR if pretrained else 1), weight_decay=WEIGHT_DECAY * decayed)
-            for (pretrained, decayed), params in groups.items()]
+            backbone = pretrained and name.startswith("body.backbone.")
+            decayed = p.ndim >= 2 and not name.endswith(UNDECAYED)
+            groups.setdefault((backbone, decayed), []).append(p)
+    return [dict(params=params, lr=lr * (BACKBONE_LR if backbone else 1), weight_decay=WEIGHT_DECAY * decayed)
+            for (backbone, decayed), params in groups.items()]
 
 
 def warmup_poly(step, steps, warmup):

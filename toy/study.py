@@ -161,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="0 to SEEDS − 1 of each row (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="of each run, fewer to try things (default: the recipe's)")
+    parser.add_argument("--steps", type=int, help="a trial: printed, not kept (default: the recipe's number)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--render", action="store_true", help="only render what is there")
     main(parser.parse_args())
