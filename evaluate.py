@@ -86,14 +86,15 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
     side = BLOCK[logits.device.type]
     for y in range(0, H, side):
         r = rows[y:y + side]
+        strip, r = logits[:, r.any(0)], r[:, r.any(0)]
         for x in range(0, W, side):
             c = columns[x:x + side]
-            part = logits[:, r.any(0)][:, :, c.any(0)]  # (K, i, j): what reaches this block
+            part, c = strip[:, :, c.any(0)], c[:, c.any(0)]  # (K, i, j): what reaches this block
             largest, least = part.amax((1, 2)), part.amin((1, 2))
             loses = torch.stack([largest - gamma * seen < (least - gamma * seen).max() for gamma in gammas])
             k = (~loses.all(0)).nonzero()[:, 0]  # (K',); all, where logits are not finite
-            tall = r[:, r.any(0)] @ part[k]  # (K', y, j)
-            scores = c[:, c.any(0)] @ tall.permute(1, 2, 0)  # (y, x, K')
+            tall = r @ part[k]  # (K', y, j)
+            scores = c @ tall.permute(1, 2, 0)  # (y, x, K')
             for gamma, label in labels.items():
                 score, winner = (scores - gamma * seen[k]).max(2)
                 label[y:y + side, x:x + side] = k[winner].masked_fill(score < floor, data.IGNORE)

@@ -10,7 +10,6 @@ Saved in OpenAI's state-dict format in fp16, so `clip.load` reads it like any ot
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import clip
+from checkpoint import atomic
 from toy import world
 
 CONFIG = dict(embed_dim=128, image_resolution=world.SIZE, vision_layers=4, vision_width=96, vision_patch_size=8,
@@ -125,9 +125,8 @@ def main(args):
             print(f"step {step:5d}/{args.steps}  loss {loss.item():.3f}  scale {model.logit_scale.exp().item():.1f}  "
                   f"{time.time() - start:.0f} s", flush=True)
         if step % 500 == 499 or step == args.steps - 1:
-            partial = args.out.with_suffix(".partial")
-            torch.save({key: value.half() for key, value in model.state_dict().items()}, partial)
-            os.replace(partial, args.out)
+            state = {key: value.half() for key, value in model.state_dict().items()}
+            atomic(args.out, lambda partial, state=state: torch.save(state, partial))
 
     images, names = Scenes(2 * args.test_scenes, args.seed + 1).all(args.workers)
     score = zero_shot(clip.load(args.out), images[::2], names[::2])  # every second scene holds one thing
