@@ -59,6 +59,7 @@ def main(args):
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
+    args.precision = args.precision or fast_precision(device)
     for key, (low, high) in RANGES.items():
         if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
             raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
@@ -125,7 +126,7 @@ def main(args):
         f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M "
         f"frozen; teacher {args.clip}\n"
         f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type}, "
-        f"{'bf16' if device.type == 'cuda' else 'fp32'}, into {out}/", flush=True)
+        f"{args.precision}, into {out}/", flush=True)
 
     def save(step, gamma=None):
         if first_rank:
@@ -154,7 +155,7 @@ def main(args):
         images = images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W)
         labels = labels.to(device, non_blocking=True)  # (B, H, W), index among the seen classes, or 255
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = student(images)  # (B, D, h, w)
             c = cls_embeddings(teacher, images) if args.sgd_weight else None  # (B, D)
         k = losses.k_at(step, args.steps, z.shape[2] * z.shape[3], args.k_end, args.k_schedule)
@@ -222,6 +223,14 @@ def main(args):
     return result
 
 
+def fast_precision(device):
+    """bf16 where the hardware multiplies it (CUDA since Ampere; CPUs with AVX512-BF16 or AMX), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # older versions of torch lack them
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in asked) else "fp32"
+
+
 @torch.no_grad()
 def cls_embeddings(teacher, images):
     """The teacher sees the student's own crop at CLIP's input size: (B, 3, H, W) -> c (B, D), unit length."""
@@ -267,6 +276,8 @@ def parse(argv=None):
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
     group("--device", choices=("cpu", "cuda"), help="cpu or cuda (default: cuda if there is one)")
+    group("--precision", choices=("bf16", "fp32"), help="of body, head and teacher; losses stay fp32 (default: bf16 "
+          "where the hardware multiplies it)")
 
     group = parser.add_argument_group("model").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file {recipe}")

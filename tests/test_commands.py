@@ -20,7 +20,7 @@ from toy import world
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-SHORT = ["--steps", "8", "--batch-size", "6", "--workers", "0", "--device", "cpu"]
+SHORT = ["--steps", "8", "--batch-size", "6", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,18 @@ def test_two_processes_train_like_one(run, root, tiny_clip_file):
     alone = json.loads((run[0] / "log.jsonl").read_text().splitlines()[0])
     assert start["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert all(torch.allclose(two[key], value, atol=2e-3) for key, value in one.items())
+
+
+def test_bf16_is_near_fp32_and_no_other_precision_resumes_it(run, root, tiny_clip_file):
+    args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--precision", "bf16"]
+    done = command("train.py", *args, "--out-dir", root / "bf16")
+    assert "bf16, into" in done.stdout and "fp32, into" in run[1]
+    half, full = (json.loads((out / "log.jsonl").read_text().splitlines()[0]) for out in (root / "bf16", run[0]))
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and half["loss"] != full["loss"]
+    state = torch.load(root / "bf16/last.pt", weights_only=True)
+    assert all(value.dtype == torch.float32 for value in state["model"].values())
+    refused = command("train.py", *args, "--precision", "fp32", "--out-dir", root / "bf16", "--resume", ok=False)
+    assert "precision was bf16, is fp32" in refused.stderr
 
 
 @pytest.mark.parametrize("args", [["--head", "linear"], ["--head", "random", "--frozen-blocks", "2"],

@@ -1,9 +1,19 @@
-"""The embedded default's tiny CLIP, as committed."""
+"""The embedded default: its tiny CLIP, as committed; the study's rows, tables and probe."""
 import json
+import re
 from pathlib import Path
 
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_inside
+from PIL import Image
+
 import clip
-from toy import pretrain, world
+import losses
+import model as models
+import train
+from toy import diagnose, pretrain, study, world
 
 FILE = Path(pretrain.__file__).parent / "clip.pt"
 
@@ -29,3 +39,100 @@ def test_captions_never_need_a_mask_and_name_what_is_there():
         words = pretrain.caption(names, rng)
         assert any(name in words for name in names)
         assert not any(other in words for other in world.CLASSES if other not in names)
+
+
+# ---------------------------------------------------------------- the study and its probe
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world") / "toy"
+    world.write(root, seed=2, train=12, val=4)
+    return root
+
+
+def test_the_probe_counts_as_a_loop_does(small_world, tiny_clip, tmp_path):
+    torch.manual_seed(0)
+    args = train.parse(["--data-root", str(small_world), "--out-dir", str(tmp_path)])
+    probe, k = diagnose.Probe(args), 20
+    model = models.build(tiny_clip)
+    seen = probe.look(model, tiny_clip, k)
+    source = probe.source
+    model.eval()
+    with torch.no_grad():
+        z, c = model(probe.images), train.cls_embeddings(tiny_clip, probe.images)
+        t = models.text_embeddings(tiny_clip, source.classes, source.templates)
+    counts = dict.fromkeys(("unseen_things", "seen_things", "unseen_grounds", "seen_grounds"), 0)
+    wrong, cosines, total = [], [], 0
+    for image in range(len(z)):
+        cells = [(y, x) for y in range(16) for x in range(16)]
+        near = sorted(cells, key=lambda at: -(z[image, :, at[0], at[1]] @ c[image]).item())[:k]
+        for y, x in cells:
+            truth = int(probe.labels[image, 4 * y + 2, 4 * x + 2])
+            hidden = source.classes[truth] in world.unseen(2)
+            kind = f"{'un' * hidden}seen_{'things' if source.classes[truth] in world.THINGS else 'grounds'}"
+            counts[kind] += (y, x) in near
+            if hidden:
+                likes = [(z[image, :, y, x] @ t[j]).item() for j in range(len(t))]
+                wrong.append(source.classes[max(range(len(t)), key=likes.__getitem__)] not in world.unseen(2))
+                cosines.append(likes[truth])
+        total += k
+    for kind, count in counts.items():
+        assert seen[kind] == pytest.approx(100 * count / total, abs=0.01)
+    assert seen["unseen_as_seen"] == pytest.approx(100 * sum(wrong) / len(wrong), abs=0.5)  # near ties
+    assert seen["cosine_unseen"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
+
+
+def test_a_watched_run_is_the_same_run(small_world, tiny_clip_file, tmp_path, monkeypatch):
+    flags = ["--data-root", small_world, "--clip", tiny_clip_file, "--steps", 3, "--batch-size", 4, "--workers", 0,
+             "--device", "cpu"]
+    assert run_inside(train, *flags, "--out-dir", tmp_path / "alone")[0] == 0
+    for module, name in ((models, "build"), (clip, "load"), (losses, "k_at")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
+    diagnose.Probe(train.parse([str(f) for f in flags] + ["--out-dir", str(tmp_path / "seen")])).watch()
+    assert run_inside(train, *flags, "--out-dir", tmp_path / "seen")[0] == 0
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("alone", "seen")]
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+    looks = [json.loads(line) for line in (tmp_path / "seen/probe.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [0, 2] and looks[-1]["k"] == 102
+
+
+def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "toy.jsonl")
+
+    def line(row, seed, unseen, hiou, world=0):
+        score = {"pAcc": 90, "mIoU_seen": 70, "mIoU_unseen": unseen, "hIoU": hiou}
+        look = dict.fromkeys(("step", "k", "unseen_things", "all_unseen_things", "seen_things", "unseen_grounds",
+                              "seen_grounds", "cosine_seen", "cosine_unseen", "unseen_as_seen"), 1)
+        return {"row": row, "world": world, "seed": seed, "command": f"python train.py --seed {seed}", "commit": "abc",
+                "gamma_0": score, "calibrated": score, "probe": [look]}
+
+    study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("linear-seg", 0, 31, 40),
+                  line("linear-seg", 1, 31, 40), line("all-k", 0, 49, 58), line("linear", 0, 40, 63),
+                  line("full", 0, 10, 20, world=1)])
+    text = (tmp_path / "toy.md").read_text()
+    assert "| full | the default: CSH, n = 1, SGD and SAM | 2 | 70.0 ± 0.0 | 52.0 ± 2.8 | 62.0 ± 2.8 |" in text
+    assert re.search(r"full − linear-seg \| ≥ 20 \| \+21.0 \| holds", text)
+    assert re.search(r"full − all-k \| ≥ 5 \| \+3.0 \| \*\*does not hold", text)
+    assert re.search(r"full − linear \| > 0 \| -1.0 \| \*\*does not hold", text)
+    assert "linear > full > all-k > linear-seg" in text and "## World 1" in text
+    assert Image.open(tmp_path / "toy.png").width > 600
+
+
+def test_variants_change_what_they_say(tiny_clip, monkeypatch):
+    for module, name in ((models, "build"), (losses, "global_prototype"), (losses, "sgd_loss"), (losses, "sam_loss")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    z = F.normalize(torch.randn(3, 8, 4, 4), dim=1)
+    c = F.normalize(torch.randn(3, 8), dim=1)
+    own = losses.global_prototype(z, c, 5)
+    study.VARIANTS["random-k"]()
+    assert not torch.allclose(losses.global_prototype(z, c, 5), own)
+    assert torch.allclose(losses.global_prototype(z, c, 16), F.normalize(z.flatten(2).mean(2), dim=1), atol=1e-6)
+    study.VARIANTS["per-feature"]()
+    by_hand = [1 - sum(sorted((z[b, :, y, x] @ c[b]).item() for y in range(4) for x in range(4))[-5:]) / 5
+               for b in range(3)]
+    assert losses.sgd_loss(z, c, 5).item() == pytest.approx(sum(by_hand) / 3, abs=1e-5)
+    study.VARIANTS["unfrozen"]()
+    assert all(p.requires_grad for p in models.build(tiny_clip).parameters())
+    study.VARIANTS["gain-1"]()
+    assert models.build(tiny_clip).head.adapter.norm.weight.unique().tolist() == [1]

@@ -22,7 +22,8 @@ import model as models
 import train
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--body", "small", "--batch-size", "6", "--crop", "32", "--workers", "0", "--device", "cpu"]
+FLAGS = ["--body", "small", "--batch-size", "6", "--crop", "32", "--workers", "0", "--device", "cpu",
+         "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")

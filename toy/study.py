@@ -1,13 +1,16 @@
-"""The controlled comparison on the embedded default: every row trained with several seeds by train.py itself.
+"""The controlled comparison on the embedded default: every row trained with several seeds by train.py's own main.
 
-    python -m toy.study                     # every row, 3 seeds; finished runs are not run again
+    python -m toy.study                     # every row, 3 seeds, the main rows first; finished runs are not run again
     python -m toy.study --rows full linear  # some rows
-    python -m toy.study --render            # only write results/toy.md from results/toy.jsonl
+    python -m toy.study --rows full linear --world 1   # another world: other scenes, other unseen classes
+    python -m toy.study --render            # only write results/toy.md and toy.png from results/toy.jsonl
 
 A finished run is a line of results/toy.jsonl, so the study can be done in several goes and on several machines.
+CRITERIA were written down before the rows were run; results/toy.md says of each whether it holds.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,35 +21,44 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 import guard
 import losses
 import model as models
+import pictures
 import train
+from toy import world
+from toy.diagnose import Probe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "toy.jsonl"
 
 SEG_ONLY = ["--sgd-weight", "0", "--sam-weight", "0"]
-ROWS = {  # row: (what it is, flags of train.py); every row but the first changes the default in one respect
+CONSTANT = ["--k-schedule", "constant", "--k-end"]
+MAIN = {  # row: (what it is, flags of train.py); every row but the first changes the default in one respect
     "full": ("the default: CSH, n = 1, SGD and SAM", []),
     "seg": ("segmentation loss alone", SEG_ONLY),
     "linear": ("control: linear projection behind the same adapter and LayerNorm", ["--head", "linear"]),
     "linear-seg": ("the same control, segmentation loss alone", ["--head", "linear", *SEG_ONLY]),
-    "linear-plain": ("the linear control without the LayerNorm", ["--head", "linear"]),
     "random": ("control: frozen random weights of CSH's shape", ["--head", "random"]),
-    "unfrozen": ("CSH with its CLIP part trained", []),
+    "all-k": ("k = N throughout: every position distilled", [*CONSTANT, "1"]),
     "no-sgd": ("without SGD", ["--sgd-weight", "0"]),
     "no-sam": ("without SAM", ["--sam-weight", "0"]),
+}
+ROWS = MAIN | {
+    "linear-plain": ("the linear control without the LayerNorm", ["--head", "linear"]),
+    "linear-plain-seg": ("the same, segmentation loss alone", ["--head", "linear", *SEG_ONLY]),
+    "unfrozen": ("CSH with its CLIP part trained", []),
     "n0": ("n = 0: adapter, ln_post and proj only", ["--frozen-blocks", "0"]),
     "n2": ("n = 2", ["--frozen-blocks", "2"]),
     "n4": ("n = 4: all blocks of the tiny CLIP", ["--frozen-blocks", "4"]),
     "attention-vv": ("attention between like values", ["--attention", "vv"]),
     "attention-self": ("each token attends to itself", ["--attention", "self"]),
     "positional": ("CLIP's positions added to the tokens", ["--positional"]),
-    "all-k": ("k = N throughout: every position distilled", ["--k-schedule", "constant", "--k-end", "1"]),
-    "fixed-k-0.4": ("k = 0.4 N throughout", ["--k-schedule", "constant", "--k-end", "0.4"]),
-    "fixed-k-0.1": ("k = 0.1 N throughout", ["--k-schedule", "constant", "--k-end", "0.1"]),
+    "gain-1": ("tokens enter the frozen block at unit scale", []),
+    "fixed-k-0.4": ("k = 0.4 N throughout", [*CONSTANT, "0.4"]),
+    "fixed-k-0.1": ("k = 0.1 N throughout", [*CONSTANT, "0.1"]),
     "k-end-0.1": ("k falls to 0.1 N", ["--k-end", "0.1"]),
     "k-cosine": ("k falls along a cosine", ["--k-schedule", "cosine"]),
     "random-k": ("k positions at random, not the most similar", []),
@@ -56,8 +68,18 @@ ROWS = {  # row: (what it is, flags of train.py); every row but the first change
     "nel": ("focal + dice instead of cross-entropy", ["--seg-loss", "nel"]),
     "tau-0.07": ("τ = 0.07 instead of CLIP's own", ["--temperature", "0.07"]),
     "sgd-0.5": ("λ_sgd = 0.5", ["--sgd-weight", "0.5"]),
+    "sgd-1": ("λ_sgd = 1", ["--sgd-weight", "1"]),
     "strict": ("images that hold unseen classes dropped", ["--strict"]),
 }
+CRITERIA = (  # (what the paper's claim asks for here, row above, row below, score, by how many points)
+    ("the method beats a linear head with the segmentation loss alone", "full", "linear-seg", "mIoU_unseen", 20),
+    ("selecting features beats distilling all", "full", "all-k", "mIoU_unseen", 5),
+    ("a part of CLIP beats a linear projection", "full", "linear", "hIoU", 0),
+    ("CLIP's part beats random frozen weights", "full", "random", "hIoU", 0),
+)
+
+
+# ---------------------------------------------------------------- rows that no flag of train.py makes
 
 
 def of_built(change):
@@ -81,13 +103,22 @@ def per_feature_loss(z, c, k, bank=None, tau=None):
     return 1 - torch.einsum("bdn,bd->bn", z.flatten(2), c).topk(k, dim=1).values.mean()
 
 
-VARIANTS = {  # rows that no flag of train.py makes
-    "linear-plain": lambda: of_built(lambda model: setattr(model.head.adapter, "norm", torch.nn.Identity())),
+def without_norm():
+    of_built(lambda model: setattr(model.head.adapter, "norm", torch.nn.Identity()))
+
+
+VARIANTS = {
+    "linear-plain": without_norm,
+    "linear-plain-seg": without_norm,
     "unfrozen": lambda: of_built(lambda model: model.head.clip.requires_grad_(True)),
+    "gain-1": lambda: of_built(lambda model: torch.nn.init.ones_(model.head.adapter.norm.weight)),
     "random-k": lambda: setattr(losses, "global_prototype", random_prototype),
     "per-feature": lambda: setattr(losses, "sgd_loss", per_feature_loss),
     "sam-bce": lambda: setattr(losses, "sam_loss", partial(losses.sam_loss, kind="bce")),
 }
+
+
+# ---------------------------------------------------------------- running
 
 
 def finished():
@@ -95,72 +126,160 @@ def finished():
     return [json.loads(line) for line in lines]
 
 
-def run(row, seed, steps):
-    """One run of train.py in a process of one thread -> its line for results/toy.jsonl."""
-    out = ROOT / "runs" / "study" / f"{row}-{seed}"
+def run(row, world_seed, seed, steps):
+    """One run of train.py in a process of one thread -> its line for results/toy.jsonl, which a trial does not get."""
+    out = ROOT / "runs" / "study" / f"{row}-world{world_seed}-seed{seed}{'-trial' * bool(steps)}"
     (out / "metrics.json").unlink(missing_ok=True)
-    program = ["-m", "toy.study", "--train", row] if row in VARIANTS else ["train.py"]
-    command = [*program, *ROWS[row][1], "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
-    start = time.time()
+    flags = [*ROWS[row][1], *(["--data-root", f"data/toy-{world_seed}"] if world_seed else []), "--seed", str(seed)]
+    flags += ["--steps", str(steps)] if steps else []
     place = ["--out-dir", str(out), "--workers", "0", "--device", "cpu"]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, *command, *place], cwd=ROOT, env=environment, capture_output=True, text=True)
+    start = time.time()
+    done = subprocess.run([sys.executable, "-m", "toy.study", "--train", row, *flags, *place], cwd=ROOT, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    program = f"-m toy.study --train {row}" if row in VARIANTS else "train.py"
+    command = " ".join(["python", program, *flags])
     if done.returncode or not (out / "metrics.json").exists():
-        raise RuntimeError(f"{' '.join(command)} did not finish:\n{done.stdout[-300:]}{done.stderr}")
+        raise RuntimeError(f"{command} did not finish:\n{done.stdout[-300:]}{done.stderr}")
     result = json.loads((out / "metrics.json").read_text())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     keep = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")
-    line = {"row": row, "seed": seed, "command": "python " + " ".join(command), "commit": commit.strip(),
+    line = {"row": row, "world": world_seed, "seed": seed, "command": command, "commit": commit.strip(),
+            "precision": json.loads((out / "config.json").read_text())["precision"],
             "seconds": round(time.time() - start), "gamma_0": {k: round(result["gamma_0"][k], 2) for k in keep},
-            "calibrated": {k: round(result["calibrated"][k], 2) for k in (*keep, "gamma")}}
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
+            "calibrated": {k: round(result["calibrated"][k], 2) for k in (*keep, "gamma")},
+            "probe": [json.loads(entry) for entry in (out / "probe.jsonl").read_text().splitlines()]}
+    if not steps:
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(line) + "\n")
     return line
 
 
-def render(lines):
-    """results/toy.jsonl -> results/toy.md: mean ± standard deviation over the seeds of each row."""
-    def cell(runs, part, key):
-        values = [run[part][key] for run in runs]
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def train_row(row, argv):
+    """What `run` starts: train.py's main with the row's variant, watched by a probe, which changes nothing."""
+    args = train.parse(argv)
+    if row in VARIANTS:
+        VARIANTS[row]()
+    Probe(args).watch()
+    guard.run_command(train.main, lambda: args)
 
-    table = ["| row | what | n | seen | unseen | hIoU | hIoU, calibrated | command | commit |", "|---" * 9 + "|"]
-    for row, (what, _) in ROWS.items():
-        if runs := [line for line in lines if line["row"] == row]:
-            command = runs[0]["command"].replace(f" --seed {runs[0]['seed']}", "")
-            commits = ", ".join(sorted({line["commit"] for line in runs}))
-            cells = [cell(runs, "gamma_0", key) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
-            cells = [row, what, str(len(runs)), *cells, cell(runs, "calibrated", "hIoU"), f"`{command}`", commits]
-            table.append(f"| {' | '.join(cells)} |")
-    text = ("# The embedded default under controls\n\nmIoU in percent, γ = 0 unless it says calibrated; mean ± std "
-            "over n seeds.\nWritten by `python -m toy.study`.\n\n" + "\n".join(table) + "\n")
-    (RESULTS.parent / "toy.md").write_text(text)
+
+# ---------------------------------------------------------------- tables
+
+
+def mean_std(values):
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def scores(lines, row, world_seed, key, part="gamma_0"):
+    return [line[part][key] for line in lines if (line["row"], line["world"]) == (row, world_seed)]
+
+
+def render(lines):
+    """results/toy.jsonl -> results/toy.md, tables of mean ± standard deviation over seeds, and toy.png."""
+    text = ["# The embedded default under controls", "",
+            "mIoU in percent over all classes together, γ = 0 unless it says calibrated; mean ± std over n seeds. Each "
+            "row but the first changes the default in one respect. Written by `python -m toy.study`.", ""]
+    for world_seed in sorted({line["world"] for line in lines}):
+        text += [f"## World {world_seed}: {', '.join(world.unseen(world_seed))} unseen", "",
+                 "| row | what | n | seen | unseen | hIoU | hIoU, calibrated | unseen taken for seen, % | command | "
+                 "commit |", "|---" * 10 + "|"]
+        for row, (what, _) in ROWS.items():
+            if runs := [line for line in lines if (line["row"], line["world"]) == (row, world_seed)]:
+                command = runs[0]["command"].replace(f" --seed {runs[0]['seed']}", "")
+                cells = [mean_std([r["gamma_0"][key] for r in runs]) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
+                cells += [mean_std([r["calibrated"]["hIoU"] for r in runs]),
+                          mean_std([r["probe"][-1]["unseen_as_seen"] for r in runs])]
+                commits = ", ".join(sorted({line["commit"] for line in runs}))
+                text.append(f"| {' | '.join([row, what, str(len(runs)), *cells, f'`{command}`', commits])} |")
+        text += ["", "| criterion, stated before the runs | asked | measured | |", "|---|---|---|---|"]
+        for what, above, below, key, least in CRITERIA:
+            high, low = scores(lines, above, world_seed, key), scores(lines, below, world_seed, key)
+            if high and low:
+                gain = statistics.mean(high) - statistics.mean(low)
+                text.append(f"| {what}: {key} of {above} − {below} | {'≥' if least else '>'} {least} | {gain:+.1f} | "
+                            f"{'holds' if gain >= least and gain > 0 else '**does not hold**'} |")
+        order = sorted((row for row in MAIN if scores(lines, row, world_seed, "hIoU")),
+                       key=lambda row: -statistics.mean(scores(lines, row, world_seed, "hIoU")))
+        text += ["", f"Main rows by hIoU: {' > '.join(order)}.", ""]
+    text += probe_table(lines)
+    (RESULTS.parent / "toy.md").write_text("\n".join(text) + "\n")
+    plot(lines).save(RESULTS.parent / "toy.png")
+
+
+def probe_table(lines):
+    """Where the k most similar positions fall and where dense features point, as training goes on."""
+    text = ["## What is selected, and where dense features point", "",
+            "100 test images of world 0, means over seeds. Of the k positions most similar to the CLS token: share on "
+            "things and grounds, seen and unseen, in percent. Lift: that of unseen things over their share of all "
+            "positions. Cosine: of dense features to their own class's text.", "",
+            "| row | step | k | unseen things | lift | seen things | unseen ground | seen grounds | cosine, seen | "
+            "cosine, unseen | unseen taken for seen, % |", "|---" * 11 + "|"]
+    for row in ROWS:
+        runs = [line["probe"] for line in lines if (line["row"], line["world"]) == (row, 0)]
+        for entries in zip(*runs):
+            mean = {key: statistics.mean(entry[key] for entry in entries) for key in entries[0]}
+            text.append(f"| {row} | {mean['step']:.0f} | {mean['k']:.0f} | {mean['unseen_things']:.1f} | "
+                        f"{mean['unseen_things'] / mean['all_unseen_things']:.2f} | {mean['seen_things']:.1f} | "
+                        f"{mean['unseen_grounds']:.1f} | {mean['seen_grounds']:.1f} | {mean['cosine_seen']:.2f} | "
+                        f"{mean['cosine_unseen']:.2f} | {mean['unseen_as_seen']:.1f} |")
+    return text
+
+
+def plot(lines):
+    """A bar a row of world 0: seen, unseen and hIoU, with a mark of ± std."""
+    rows = [row for row in ROWS if scores(lines, row, 0, "hIoU")]
+    left, wide, high = 150, 520, 46  # pixels: names, 100 %, a row
+    canvas = Image.new("RGB", (left + wide + 20, high * len(rows) + 50), "white")
+    pen = ImageDraw.Draw(canvas)
+    for share in range(0, 101, 20):
+        x = left + wide * share / 100
+        pen.line((x, 30, x, canvas.height - 12), fill="lightgrey")
+        pictures.write(pen, (x, 12), f"{share} %", 12, fill="black", anchor="mt")
+    for i, row in enumerate(rows):
+        top = 34 + high * i
+        pictures.write(pen, (left - 8, top + 18), row, 13, fill="black", anchor="rm")
+        for j, (key, colour) in enumerate(zip(("mIoU_seen", "mIoU_unseen", "hIoU"), pictures.LINES)):
+            values = scores(lines, row, 0, key)
+            mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+            y, x = top + 12 * j, left + wide * mean / 100
+            pen.rectangle((left, y, x, y + 9), fill=colour)
+            pen.line((x - wide * std / 100, y + 4, x + wide * std / 100, y + 4), fill="black", width=2)
+    for j, (name, colour) in enumerate(zip(("seen", "unseen", "hIoU"), pictures.LINES)):
+        pictures.write(pen, (8 + 48 * j, 12), name, 13, fill=colour)
+    return canvas
 
 
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
-    have = {(line["row"], line["seed"]) for line in finished()}
-    todo = [(row, seed) for seed in range(args.seeds) for row in args.rows if (row, seed) not in have]
+    if args.world and not (root := ROOT / f"data/toy-{args.world}").exists():
+        root.parent.mkdir(exist_ok=True)
+        world.write(root, args.world)
+    have = {(line["row"], line["seed"]) for line in finished() if line["world"] == args.world and not args.steps}
+    jobs = [(row, seed) for rows in (MAIN, ROWS.keys() - MAIN.keys()) for seed in range(args.seeds)
+            for row in args.rows if row in rows and (row, seed) not in have]
     if not args.render:
         start = time.time()
         with ThreadPoolExecutor(args.jobs) as pool:
-            for done, line in enumerate(pool.map(lambda job: run(*job, args.steps), todo), 1):
-                left = (time.time() - start) / done * (len(todo) - done) / 60
-                print(f"{done}/{len(todo)}  {line['row']:<18} seed {line['seed']}  hIoU {line['gamma_0']['hIoU']:5.1f}"
-                      f"  {left:.0f} min left", flush=True)
-    render(finished())
-    print(f"wrote {RESULTS.parent / 'toy.md'}")
+            todo = pool.map(lambda job: run(job[0], args.world, job[1], args.steps), jobs)
+            for done, line in enumerate(todo, 1):
+                left = (time.time() - start) / done * (len(jobs) - done) / 60
+                score = line["gamma_0"]
+                print(f"{done}/{len(jobs)}  {line['row']:<18} seed {line['seed']}  seen {score['mIoU_seen']:5.1f}  "
+                      f"unseen {score['mIoU_unseen']:5.1f}  hIoU {score['hIoU']:5.1f}  {left:.0f} min left", flush=True)
+    if lines := finished():
+        render(lines)
+        print(f"wrote {RESULTS.parent / 'toy.md'} and toy.png")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--train"]:  # one run of a row that is in VARIANTS
-        VARIANTS[sys.argv[2]]()
-        guard.run_command(train.main, lambda: train.parse(sys.argv[3:]))
+    if sys.argv[1:2] == ["--train"]:  # one run, as the study makes it
+        train_row(sys.argv[2], sys.argv[3:])
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="0 to SEEDS − 1 of each row (default: %(default)s)")
+    parser.add_argument("--world", type=int, default=0, metavar="SEED", help="of scenes and unseen classes (0)")
     parser.add_argument("--steps", type=int, help="a trial: printed, not kept (default: the recipe's number)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--render", action="store_true", help="only render what is there")
