@@ -179,7 +179,7 @@ class TrainSet(Dataset):
         position, i = item
         _, image, labels = read_pair(self.files[i], self.table, self.classes)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + position)
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + position)  # torch.manual_seed asks all devices
             image, labels = self.transform(image, labels)
         return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
 
