@@ -5,8 +5,10 @@ t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) o
 Labels are integers 0..K-1; IGNORE marks void pixels and pixels of unseen classes: no loss comes from them.
 
 With torch.distributed running, every loss is scaled so that DDP's mean of gradients over ranks is the gradient of
-the loss over the whole batch: the result does not depend on the number of processes.
+the loss over the whole batch: the result does not depend on the number of processes. No loss looks at a number of its
+tensors, so that a GPU is never waited for.
 """
+import functools
 import math
 
 import torch
@@ -30,7 +32,7 @@ def world_size():
 
 def global_mean(total, count):
     """Σ over this rank / mean count over ranks: averaged over ranks, that is Σ over all / count over all."""
-    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+    count = count.to(total.dtype)
     if world_size() > 1:
         dist.all_reduce(count)
     return total * world_size() / count.clamp(min=1)
@@ -59,9 +61,10 @@ def cross_entropy_loss(z, t, labels, tau=TAU):
     return global_mean(total, (labels != IGNORE).sum())
 
 
-def linear_weights(n, size):
-    """The matrix (size, n) of F.interpolate's linear mode from n values to `size`, align_corners=False; float64."""
-    return F.interpolate(torch.eye(n, dtype=torch.double)[None], size, mode="linear")[0].T
+@functools.lru_cache(maxsize=8)
+def linear_weights(n, size, dtype=torch.double, device="cpu"):
+    """The matrix (size, n) of F.interpolate's linear mode from n values to `size`, align_corners=False."""
+    return F.interpolate(torch.eye(n, dtype=torch.double)[None], size, mode="linear")[0].T.to(device, dtype)
 
 
 class UpsampledCrossEntropy(torch.autograd.Function):
@@ -74,7 +77,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         """logits (B, K, h, w), labels int (B, H, W) -> scalar"""
         B, K, h, w = logits.shape
         H, W = labels.shape[1:]
-        rows, columns = linear_weights(h, H).to(logits), linear_weights(w, W).to(logits)  # (H, h), (W, w)
+        rows, columns = (linear_weights(*sides, logits.dtype, logits.device) for sides in ((h, H), (w, W)))  # (H, h), …
         tall = torch.einsum("yh,bkhw->bywk", rows, logits)
         gradient, total = torch.empty_like(tall), logits.new_zeros(())
         height = max(BAND[logits.device.type] // (B * W * K), 1)
@@ -167,19 +170,18 @@ def sam_loss(z, t, labels, tau=TAU, kind="ce"):
     z, t = fp32(z), fp32(t)
     B, D, h, w = z.shape
     K = len(t)
-    grid = F.interpolate(labels[:, None].to(z.dtype), (h, w), mode="nearest-exact").long().flatten()  # (B·N,)
-    valid = grid != IGNORE
-    slot = (torch.arange(B, device=z.device).repeat_interleave(h * w) * K + grid)[valid]  # image b, class k -> b·K + k
-    features = z.permute(0, 2, 3, 1).reshape(-1, D)[valid]
-    sums = z.new_zeros(B * K, D).index_add(0, slot, features)
-    present = torch.bincount(slot, minlength=B * K) > 0
-    r = F.normalize(sums[present], dim=1)  # (R, D), one row a class present in an image
-    logits = r @ t.T / tau  # (R, K)
-    k = present.nonzero()[:, 0] % K
+    grid = F.interpolate(labels[:, None].to(z.dtype), (h, w), mode="nearest-exact").long().flatten(1)  # (B, N)
+    row = torch.arange(B, device=z.device)[:, None] * K + grid  # image b, class k -> b·K + k
+    row = row.where(grid != IGNORE, B * K).flatten()  # a last row takes what is ignored
+    features = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B·N, D)
+    sums = z.new_zeros(B * K + 1, D).index_add(0, row, features)[:-1]
+    present = z.new_zeros(B * K + 1).index_fill(0, row, 1)[:-1]
+    logits = F.normalize(sums, dim=1) @ t.T / tau  # (B·K, K); rows of absent classes are 0 and weigh nothing
+    k = torch.arange(K, device=z.device).repeat(B)
     if kind == "ce":
-        total = F.cross_entropy(logits, k, reduction="sum")
+        loss = F.cross_entropy(logits, k, reduction="none")
     elif kind == "bce":
-        total = F.binary_cross_entropy_with_logits(logits, F.one_hot(k, K).to(logits), reduction="sum") / K
+        loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(k, K).to(logits), reduction="none").mean(1)
     else:
         raise ValueError(f"SAM kind {kind!r} is unknown: choose ce or bce")
-    return global_mean(total, len(k))
+    return global_mean((loss * present).sum(), present.sum())

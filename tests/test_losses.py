@@ -176,6 +176,19 @@ def test_ignored_pixels_give_no_loss_and_no_gradient():
     assert one == pytest.approx(two)
 
 
+def test_no_loss_looks_at_the_numbers(monkeypatch):
+    """Tensors without numbers (device meta) pass through every loss and back: a GPU is not waited for."""
+    monkeypatch.setitem(losses.BAND, "meta", 300)
+    z, t, c, labels = (x.to("meta") for x in world())
+    z.requires_grad_()
+    total = (losses.cross_entropy_loss(z, t, labels) + losses.nel_loss(z, t, labels) + losses.sgd_loss(z, c, 4)
+             + losses.sam_loss(z, t, labels) + losses.sam_loss(z, t, labels, kind="bce"))
+    total.backward()
+    assert z.grad.shape == z.shape
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        z[labels[:, ::4, ::4][:, None].expand_as(z) > 0]  # what a loss must not do
+
+
 def test_one_image_and_half_precision():
     z, t, c, labels = world(B=1)
     for dtype in (torch.bfloat16, torch.float32):
