@@ -20,8 +20,8 @@ from model import ModelError
 
 MAY_CHANGE = ("data_root", "lr")  # by --resume, with a remark; other settings would make another run of the rest
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "gamma": float | None, "config": dict}
-SETTINGS = {"clip": str, "dataset": str, "data_root": str | None, "split": str | None, "body": str, "head": str,
-            "stride": int | None, "frozen_blocks": int, "attention": str, "positional": bool,
+SETTINGS = {"clip": str, "dataset": str, "data_root": str | None, "body": str, "head": str,
+            "stride": int | None, "frozen_blocks": int, "attention": str,
             "temperature": float | None, "classes": list, "unseen": list, "templates": list, "test": dict}
 
 

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 import pictures
-from sources import CONTEXT_SPLITS, IGNORE, INVALID, DataError, download_voc, open_dataset
+from sources import IGNORE, INVALID, NAMES, DataError, download_voc, open_dataset
 
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
@@ -300,7 +300,7 @@ def main(args):
         if args.dataset != "voc":
             raise DataError(f"--download is for --dataset voc; --dataset {args.dataset} shows the tree to unpack")
         download_voc(Path(args.data_root or "data/voc"))
-    source = open_dataset(args.dataset, args.data_root, args.split)
+    source = open_dataset(args.dataset, args.data_root)
     print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
           f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
     for remark in check(source, args.picture):
@@ -311,9 +311,9 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", required=True, help="toy, voc, coco-stuff, context, or a folder in the README's layout")
+    group("--dataset", required=True, metavar="NAME",
+          help=f"{', '.join(NAMES)}, or a folder in the README's layout")
     group("--data-root", metavar="FOLDER", help="where it lies (default: data/NAME, or the folder itself)")
-    group("--split", choices=CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
     group("--download", action="store_true", help="voc: fetch VOC 2012 (2 GB) into the root first")
     group("--picture", default="data_check.png", metavar="FILE", help="gets a training and a test sample with their "
           "labels (default: %(default)s)")

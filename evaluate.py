@@ -292,8 +292,7 @@ def main(args):
     own = {} if args.dataset else config
     if own.get("data_root") and not args.data_root and not Path(own["data_root"]).is_dir():  # it is not drawn there
         raise data.DataError(f"the run's data set is no longer in {own['data_root']}: give --data-root")
-    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or own.get("data_root"),
-                               args.split or own.get("split"))
+    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or own.get("data_root"))
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma
@@ -312,9 +311,8 @@ def parse(argv=None):
     group = parser.add_argument_group("what is tested").add_argument
     group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
     group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
-    group("--dataset", help="toy, voc, coco-stuff, context or a folder (default: the run's own)")
+    group("--dataset", metavar="NAME", help=f"{', '.join(data.NAMES)} or a folder (default: the run's own)")
     group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
-    group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: as in training)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")
     group = parser.add_argument_group("how it is scored, what is written").add_argument
     group("--gamma", type=float, help="taken off seen classes' logits in the calibrated column (default: the run's "

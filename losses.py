@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 IGNORE = 255
 TAU = 0.07  # τ_g, and τ unless given. LINE: the group's earlier InfoNCE; train.py gives text logits CLIP's own τ
+BANK = 256  # OURS: earlier CLS embeddings kept as negatives
 BAND = {"cpu": 2 ** 20, "cuda": 2 ** 26}  # logits that cross-entropy holds at a time: a cache's fill, a few launches
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # FIELD: the peers' focal loss
 

@@ -108,7 +108,7 @@ def main(args):
     files = find(args.pictures)
     if not files:
         config = evaluate.read_checkpoint(checkpoint)["config"]
-        files = [Path(data.open_dataset(config["dataset"], config["data_root"], config["split"]).val[0][1])]
+        files = [Path(data.open_dataset(config["dataset"], config["data_root"]).val[0][1])]
         print(f"no picture named: a test picture of {config['dataset']}")
     skipped, stems = 0, set()
     for file in files:

@@ -22,7 +22,7 @@ from toy import world
 HERE = Path(__file__).parent
 IGNORE, INVALID = 255, 254  # INVALID marks mask values that the class list does not know
 PROTOCOL = json.loads((HERE / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
-CONTEXT_SPLITS = {"zs3": "unseen_zs3_lineage", "cascade-clip": "unseen_cascade_clip"}  # two are in print
+CONTEXT = {"context": "unseen_zs3_lineage", "context-cascade-clip": "unseen_cascade_clip"}  # two splits are in print
 TREES = {  # a folder that the archives may make inside the root, then what is read
     "voc": ("VOCdevkit/VOC2012", {
         "JPEGImages": "17,125 .jpg of VOC 2012",
@@ -39,6 +39,7 @@ TREES = {  # a folder that the archives may make inside the root, then what is r
         "ImageSets/SegmentationContext/train.txt": "4,998 names, by the same script",
         "ImageSets/SegmentationContext/val.txt": "5,105 names, by the same script"})}
 COUNTS = {"voc": (10582, 1449), "coco-stuff": (118287, 5000), "context": (4998, 5105)}  # training, test
+NAMES = ("toy", "voc", "coco-stuff", *CONTEXT)
 
 
 class DataError(ValueError):
@@ -98,13 +99,10 @@ class DataSource:
 # ---------------------------------------------------------------- data sets
 
 
-def open_dataset(name, root=None, split=None):
-    """toy, voc, coco-stuff, context, or the path of a folder in the layout above -> DataSource. Raises DataError.
+def open_dataset(name, root=None):
+    """One of NAMES, or the path of a folder in the layout above -> DataSource. Raises DataError.
 
-    root    by default data/NAME
-    split   context only: zs3 (default; ZS3Net's ten unseen classes) or cascade-clip (Cascade-CLIP's)"""
-    if split and name != "context":
-        raise DataError(f"--split {split} is for --dataset context; {name} has one split")
+    root: by default data/NAME. context has ZS3Net's ten unseen classes, context-cascade-clip Cascade-CLIP's."""
     if name == "toy":
         root = Path(root or "data/toy")
         if not root.exists():
@@ -112,13 +110,15 @@ def open_dataset(name, root=None, split=None):
             root.parent.mkdir(parents=True, exist_ok=True)
             world.write(root)
         return open_folder(root, "toy", world.TEMPLATES, TOY)
-    if name in TREES:
-        return open_benchmark(name, Path(root or f"data/{name}"), split or "zs3")
+    if name in NAMES:
+        return open_benchmark(name, root)
     return open_folder(Path(root or name), str(name), tuple(PROTOCOL["coco-stuff"]["templates"]), FOLDER)
 
 
-def open_benchmark(name, root, split="zs3"):
-    inside, tree = TREES[name]
+def open_benchmark(name, root=None):
+    benchmark = "context" if name in CONTEXT else name
+    root = Path(root or f"data/{benchmark}")
+    inside, tree = TREES[benchmark]
     top = root if name == "coco-stuff" or not (root / inside).is_dir() else root / inside
     where = {part: top / inside / part if name == "coco-stuff" and not (top / part).exists() else top / part
              for part in tree}
@@ -128,7 +128,7 @@ def open_benchmark(name, root, split="zs3"):
         hint = ": python data.py --dataset voc --download gets all but SegmentationClassAug" if name == "voc" else ""
         raise DataError(f"no {missing[0]} in {top}: expected this tree in {root}{also}{hint}\n{lines}")
 
-    protocol, jpg, png = PROTOCOL[name], (".jpg",), (".png",)
+    protocol, jpg, png = PROTOCOL[benchmark], (".jpg",), (".png",)
     classes, unseen, void = protocol["classes"], protocol.get("unseen"), (0, 255)
     if (root / "classes.txt").exists():  # a user's own list beside the data: then the masks may follow it
         for k, (theirs, ours) in enumerate(zip_longest(read_lines(root / "classes.txt"), classes)):
@@ -149,14 +149,12 @@ def open_benchmark(name, root, split="zs3"):
             images = list_files(where[part], jpg)
             splits.append(pair_up(list(images), images, list_files(where[f"stuffthingmaps/{part}"], png), where[part]))
     else:
-        if split not in CONTEXT_SPLITS:
-            raise DataError(f"no split {split!r} of context: choose {' or '.join(CONTEXT_SPLITS)}")
-        unseen, name = protocol[CONTEXT_SPLITS[split]], f"context {split}"
+        unseen = protocol[CONTEXT[name]]
         images, masks = list_files(where["JPEGImages"], jpg), list_files(where["SegmentationClassContext"], png)
         lists = [where[f"ImageSets/SegmentationContext/{part}.txt"] for part in ("train", "val")]
         splits = [pair_up(read_lines(path), images, masks, path) for path in lists]
     return DataSource(name, classes, set(unseen), values, *splits, tuple(protocol["templates"]),
-                      Recipe(steps=protocol["iterations"]), void, COUNTS[name.split()[0]])
+                      Recipe(steps=protocol["iterations"]), void, COUNTS[benchmark])
 
 
 def download_voc(root):

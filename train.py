@@ -37,7 +37,7 @@ BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of 
 MAX_GRADIENT_NORM = 1.0  # OURS
 LOG_EVERY = 20  # steps
 RANGES = {"steps": (1, 10**8), "batch_size": (1, 10**5), "crop": (8, 10**4), "save_every": (1, 10**8), "lr": (0, 100),
-          "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "bank": (0, 10**6), "temperature": (1e-6, 1e6),
+          "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "temperature": (1e-6, 1e6),
           "sgd_weight": (0, 1e6), "sam_weight": (0, 1e6)}  # of flags: outside, nothing sensible can happen
 NOT_SAVED = ("workers", "device", "deterministic", "out_dir", "resume", "save_every")  # flags that change no batch
 
@@ -55,7 +55,7 @@ def main(args):
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
 
     # ---- data, its recipe, and what the flags change of it
-    source = data.open_dataset(args.dataset, args.data_root, args.split)
+    source = data.open_dataset(args.dataset, args.data_root)
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
@@ -182,7 +182,7 @@ def main(args):
             except guard.NotFinite as error:
                 raise models.ModelError(f"{error}; {rescue(error.step)}") from None
         if args.sgd_weight:
-            bank = losses.push(bank, c, args.bank)
+            bank = losses.push(bank, c, losses.BANK)
         if logging:
             seconds = time.time() - start
             pace = (seconds - warm[1]) / (step - warm[0]) if warm else seconds / (step + 1 - first_step)  # s a step
@@ -263,10 +263,9 @@ def parse(argv=None):
     recipe = "(default: the data set's recipe)"
 
     group = parser.add_argument_group("data and run").add_argument
-    group("--dataset", default="toy", help="toy, voc, coco-stuff, context, or a folder in the README's layout "
-          "(default: toy)")
+    group("--dataset", default="toy", metavar="NAME", help=f"{', '.join(data.NAMES)}, or a folder in the README's "
+          "layout (default: toy)")
     group("--data-root", metavar="FOLDER", help="where the data set lies (default: data/NAME, or the folder itself)")
-    group("--split", choices=data.CONTEXT_SPLITS, help="of context's unseen classes (default: zs3)")
     group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")
     group("--out-dir", type=Path, metavar="FOLDER", help="run folder (default: runs/<dataset>)")
     group("--resume", action="store_true", help="go on from last.pt in the run folder")
@@ -288,7 +287,6 @@ def parse(argv=None):
           help="controls: linear (no CLIP in it), random (CSH's shape, random frozen weights) (default: csh)")
     group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head (default: 1)")
     group("--attention", choices=("qk", "vv", "self"), default="qk", help="inside those blocks (default: qk)")
-    group("--positional", action="store_true", help="add CLIP's positional table to the head's tokens (default: not)")
 
     group = parser.add_argument_group("schedule").add_argument
     group("--steps", type=int, help=f"optimiser steps; warm-up keeps its share of them {recipe}")
@@ -303,7 +301,6 @@ def parse(argv=None):
     group("--k-schedule", choices=("linear", "cosine", "constant"), default="linear",
           help="how k falls from all positions (default: linear)")
     group("--k-end", type=float, default=0.4, help="share of the positions at the end (default: 0.4)")
-    group("--bank", type=int, default=256, help="earlier CLS embeddings kept as negatives (default: 256)")
     group("--sam-weight", type=float, default=1.0, help="λ_sam; 0 switches SAM off (default: 1)")
     return parser.parse_args(argv)
 

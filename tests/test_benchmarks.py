@@ -163,15 +163,11 @@ def test_roots_may_hold_what_the_archives_make(trees, tmp_path):
 
 
 def test_contexts_two_splits(trees):
-    first, second = (data.open_dataset("context", trees["context"], split) for split in ("zs3", "cascade-clip"))
-    assert data.open_dataset("context", trees["context"]).unseen == first.unseen
+    first, second = (data.open_dataset(name, trees["context"]) for name in ("context", "context-cascade-clip"))
     assert first.unseen == set(PROTOCOL["context"]["unseen_zs3_lineage"]) != second.unseen
     assert second.unseen == set(PROTOCOL["context"]["unseen_cascade_clip"])
-    assert (first.name, second.name) == ("context zs3", "context cascade-clip")
-    with pytest.raises(data.DataError, match="choose zs3 or cascade-clip"):
-        data.open_dataset("context", trees["context"], "other")
-    with pytest.raises(data.DataError, match="is for --dataset context"):
-        data.open_dataset("voc", trees["voc"], "zs3")
+    assert (first.name, second.name) == ("context", "context-cascade-clip")
+    assert first.classes == second.classes and first.train == second.train
 
 
 @pytest.mark.parametrize("name", ["voc", "coco-stuff", "context"])
@@ -229,7 +225,7 @@ BROKEN = {
     "lowered by one": ("voc", lambda r: change(r / AUG, lowered), "the training masks of voc hold more 255.*lowered"),
     "raised by one": ("voc", lambda r: change(r / AUG, raised), r"never hold 0, they look raised by one.*1 aeroplane"),
     "val lowered": ("voc", lambda r: change(r / "SegmentationClass", lowered), "the test masks of voc .*lowered by"),
-    "context lowered": ("context", lambda r: change(r / "SegmentationClassContext", lowered), "zs3 .*lowered by one"),
+    "context lowered": ("context", lambda r: change(r / "SegmentationClassContext", lowered), "context .*lowered by one"),
     "background a class": ("voc", lambda r: change(r / AUG, lambda m: np.where(m == 0, 21, m), 2),
                            "000000.png holds the value 21, which none of the 20 classes has: expected 0 to 20, 255"),
     "RGB mask": ("voc", lambda r: Image.open(one(r / AUG)).convert("RGB").save(one(r / AUG)),
@@ -511,10 +507,10 @@ def test_train_and_evaluate_on_an_official_tree(name, strict, head, tiny_clip_fi
 
 
 def test_the_data_check_alone(trees, tmp_path, capsys):
-    args = ["--dataset", "context", "--data-root", str(trees["context"]), "--split", "cascade-clip", "--picture"]
+    args = ["--dataset", "context-cascade-clip", "--data-root", str(trees["context"]), "--picture"]
     data.main(data.parse([*args, str(tmp_path / "check.png")]))
     text = capsys.readouterr().out
-    assert text.startswith("context cascade-clip: 12 training images, 3 test images, 49 seen classes, 10 unseen\n")
+    assert text.startswith("context-cascade-clip: 12 training images, 3 test images, 49 seen classes, 10 unseen\n")
     assert "no error in" in text and (tmp_path / "check.png").exists()
 
 

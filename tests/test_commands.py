@@ -137,8 +137,8 @@ def test_bf16_is_near_fp32_and_no_other_precision_resumes_it(run, root, tiny_cli
 
 
 @pytest.mark.parametrize("args", [["--head", "linear"], ["--head", "random", "--frozen-blocks", "2"],
-                                  ["--sgd-weight", "0", "--sam-weight", "0"], ["--frozen-blocks", "0", "--bank", "0"],
-                                  ["--seg-loss", "nel", "--attention", "vv", "--positional", "--k-schedule", "cosine"],
+                                  ["--sgd-weight", "0", "--sam-weight", "0"], ["--frozen-blocks", "0"],
+                                  ["--seg-loss", "nel", "--attention", "vv", "--k-schedule", "cosine"],
                                   ["--body", "mobilenet-v2", "--body-weights", "none", "--steps", "2"]])
 def test_every_switch_trains_and_evaluates(args, root, tiny_clip_file):
     out = root / "-".join(args).replace("/", "")

@@ -29,7 +29,7 @@ def run(tmp_path_factory, tiny_clip_file):
     out = tmp_path_factory.mktemp("predict") / "run"
     out.mkdir()
     config = {"clip": str(tiny_clip_file), "body": "small", "head": "csh", "dataset": "nowhere", "data_root": None,
-              "split": None, "stride": None, "frozen_blocks": 1, "attention": "qk", "positional": False,
+              "stride": None, "frozen_blocks": 1, "attention": "qk",
               "temperature": None, "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1],
               "templates": list(world.TEMPLATES), "test": {"sides": [48, 96], "window": 64, "stride": 48}}
     torch.manual_seed(0)

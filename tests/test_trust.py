@@ -172,7 +172,7 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path):
 
 @pytest.mark.parametrize("key, value", [
     ("clip", 3), ("body", ["small"]), ("body", "../x"), ("frozen_blocks", "1"), ("attention", "x"),
-    ("temperature", "1"), ("head", None), ("data_root", "../elsewhere"), ("clip_model", "x"), ("split", "x"),
+    ("temperature", "1"), ("head", None), ("data_root", "../elsewhere"), ("clip_model", "x"), ("attention", 1),
     ("dataset", "../nowhere")])
 def test_a_checkpoint_with_foreign_settings_writes_nothing(run, tmp_path, monkeypatch, key, value):
     saved = load(run / "last.pt")
@@ -227,7 +227,7 @@ def test_resume_says_which_settings_may_change(run, flags, own, tmp_path):
     out = copy(run, tmp_path / "out")
     base = [*flags, "--steps", 4, "--out-dir", out, "--resume"]
     for change, words in ((["--batch-size", 4], "batch_size was 6, is 4"), (["--steps", 9], "steps was 4, is 9"),
-                          (["--seed", 1], "seed was 0, is 1"), (["--bank", 3], "bank was 256, is 3")):
+                          (["--seed", 1], "seed was 0, is 1"), (["--k-end", 0.3], "k_end was 0.4, is 0.3")):
         status, _, said = run_inside(train, *base, *change)
         assert status == 1 and words in said and "\n" not in said
     saved = load(out / "last.pt")
