@@ -258,7 +258,8 @@ def train_step(seen, net, teacher, images, labels, amp, optimizer):
         marks.append(time.perf_counter())
 
     mark()
-    c = teacher and train.cls_embeddings(teacher, images)
+    with amp():
+        c = teacher and train.cls_embeddings(teacher, images)
     mark()
     with amp():
         x = net.body((images - net.mean) / net.std)

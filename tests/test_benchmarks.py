@@ -225,7 +225,7 @@ BROKEN = {
     "lowered by one": ("voc", lambda r: change(r / AUG, lowered), "the training masks of voc hold more 255.*lowered"),
     "raised by one": ("voc", lambda r: change(r / AUG, raised), r"never hold 0, they look raised by one.*1 aeroplane"),
     "val lowered": ("voc", lambda r: change(r / "SegmentationClass", lowered), "the test masks of voc .*lowered by"),
-    "context lowered": ("context", lambda r: change(r / "SegmentationClassContext", lowered), "context .*lowered by one"),
+    "context lowered": ("context", lambda r: change(r / "SegmentationClassContext", lowered), "context .*lowered by"),
     "background a class": ("voc", lambda r: change(r / AUG, lambda m: np.where(m == 0, 21, m), 2),
                            "000000.png holds the value 21, which none of the 20 classes has: expected 0 to 20, 255"),
     "RGB mask": ("voc", lambda r: Image.open(one(r / AUG)).convert("RGB").save(one(r / AUG)),
