@@ -29,3 +29,9 @@ def test_the_python_example_prints_what_it_says():
     code = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "set_classes" in block)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == re.search(r"# (torch\.Size\([^)]*\))", code)[1]
+
+
+def test_result_rows_are_those_of_the_study():
+    written = (ROOT / "results/toy.md").read_text().splitlines()
+    rows = [line for line in TEXT.split("## Results")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+    assert len(rows) > 4 and not set(rows) - set(written)
