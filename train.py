@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -66,10 +67,11 @@ def main(args):
     torch.manual_seed(args.seed)
     recipe = dataclasses.replace(source.recipe, crop=args.crop)
     warmup = recipe.warmup * args.steps / recipe.steps  # another number of steps, the same shape of the schedule
-    inductive = "inductive: pixels of unseen classes are hidden from every loss, their images kept"
+    mode = ("inductive: pixels of unseen classes are hidden from every loss, their images kept" if source.unseen else
+            "closed: no class is unseen")
     if args.strict:
         kept = checkpoint.from_first_process(lambda: data.without_unseen(source, args.workers))
-        inductive = f"strict: {len(source.train) - len(kept)} images that hold unseen classes are dropped"
+        mode = f"strict: {len(source.train) - len(kept)} images that hold unseen classes are dropped"
         source.train = kept
     if args.batch_size % ranks:
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
@@ -86,6 +88,7 @@ def main(args):
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)
+    config["clip_hash"] = clip.fingerprint(teacher)
     model = models.build(teacher, **config).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)
     teacher.visual.to(device)
@@ -99,6 +102,7 @@ def main(args):
     if ranks > 1:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.15's advice is to leave it as it is
         student = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     else:
         student = model
@@ -113,6 +117,8 @@ def main(args):
                 os.replace(out / "last.pt", out / "former.pt")
                 remarks.append(f"{out}/last.pt of the run before is now former.pt, until this one's second save")
             checkpoint.atomic(out / "log.jsonl", lambda path: path.touch())
+            for name in ("metrics.json", "preview.png", "curves.png"):  # of the run before
+                (out / name).unlink(missing_ok=True)
         log = open(out / "log.jsonl", "a", buffering=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -122,7 +128,7 @@ def main(args):
     say(f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images\n"
         f"split   {len(source.seen)} seen classes, {len(names)} unseen"
         f"{': ' * bool(names)}{', '.join(names[:6])}{' …' * (len(names) > 6)}\n"
-        f"mode    {inductive}\n"
+        f"mode    {mode}\n"
         f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M "
         f"frozen; teacher {args.clip}\n"
         f"run     {args.steps} steps of {args.batch_size} images on {ranks} × {device.type}, "

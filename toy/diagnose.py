@@ -4,6 +4,7 @@
 
 `Probe` looks at a run while it trains; nothing that it does reaches the training.
 """
+import argparse
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import clip
 import data
 import evaluate
+import guard
 import losses
 import model as models
 import pictures
@@ -124,8 +126,21 @@ def attention_maps(runs, source, images=5):
     return pictures.sheet(rows, ("image, marked", *runs), set(), source)
 
 
-if __name__ == "__main__":
-    folders = {kind: ROOT / "runs" / "study" / f"{row}-world0-seed0" for kind, row in MAPS.items()}
+def main(args):
+    folders = {kind: args.runs / f"{row}-world0-seed0" for kind, row in MAPS.items()}
     sheet = attention_maps(folders, data.open_dataset("toy"))
-    sheet.save(ROOT / "results" / "attention.png")
-    print(f"wrote {ROOT / 'results' / 'attention.png'}")
+    evaluate.atomic(args.out, lambda path: sheet.save(path, "PNG"))
+    print(f"wrote {args.out}")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", metavar="FOLDER",
+                        help=f"holds the runs of seed 0 of {', '.join(MAPS.values())} (default: runs/study)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention.png", metavar="FILE",
+                        help="(default: results/attention.png)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    guard.run_command(main, parse)
