@@ -1,15 +1,10 @@
-"""What training and test see of a data set: reading, transforms, loaders, the data check.
+"""What training and test see of a data set: reading, transforms, loaders.
 
-    python data.py --dataset voc --download             # fetches VOC 2012, and says what is still missing
-    python data.py --dataset voc --data-root data/voc   # the data check: counts, a picture, what is wrong
-
-Images leave as uint8 (3, H, W), labels as uint8 (H, W). Which files and classes there are is in sources.py.
+Images leave as uint8 (3, H, W), labels as uint8 (H, W). Which files and classes there are is in sources.py; as a
+command this file is the data check (datacheck.py).
 """
-import argparse
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,14 +13,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-import pictures
-from sources import IGNORE, INVALID, NAMES, DataError, download_voc, open_dataset
+from sources import IGNORE, INVALID, NAMES, DataError, open_dataset  # noqa: F401, some only for who imports this
 
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
-CHECKED = 100  # images of each part that the data check decodes
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillow would start programs
-NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
 # ---------------------------------------------------------------- reading and transforms
@@ -65,14 +57,21 @@ def read_values(path):
         raise DataError(f"cannot read the mask {path} ({error}): replace it or take it off the list") from None
 
 
+def value_counts(path):
+    """Mask file -> number of pixels of each raw value, int array (256,)."""
+    return np.bincount(read_values(path).ravel(), minlength=256)
+
+
 def read_mask(path, table, classes):
     """File and look-up table -> uint8 labels (H, W)."""
     raw = read_values(path)
     labels = table.numpy()[raw]
     if (labels == INVALID).any():
-        known = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs((table != INVALID).nonzero()[:, 0]))
+        known = np.flatnonzero(table.numpy() != INVALID)
+        stretches = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+        expected = ", ".join(f"{s[0]} to {s[-1]}" if len(s) > 1 else str(s[0]) for s in stretches)
         raise DataError(f"the mask {path} holds the value {raw[labels == INVALID][0]}, which none of the {classes} "
-                        f"classes has: expected {known}")
+                        f"classes has: expected {expected}")
     return tv_tensors.Mask(torch.from_numpy(labels))
 
 
@@ -86,20 +85,9 @@ def read_pair(file, table, classes):
     return name, image, labels
 
 
-def runs(numbers):
-    """Ascending integers -> [(first, last)] of each stretch without a gap."""
-    found = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = int(number)
-        else:
-            found.append([int(number), int(number)])
-    return found
-
-
 def without_unseen(source, workers=0):
     """Strict inductive: the training files whose masks hold no unseen pixel. Every mask is read once, none kept."""
-    hidden = {value for value, k in source.values.items() if k in source.unseen}
+    hidden = [value for value, k in source.values.items() if k in source.unseen]
     loader = DataLoader(source.train, 64, collate_fn=partial(_without, hidden), num_workers=workers)
     kept = [file for files in loader for file in files]
     if not kept:
@@ -109,43 +97,33 @@ def without_unseen(source, workers=0):
 
 
 def _without(values, files):
-    return [file for file in files if values.isdisjoint(present(read_values(file[2])))]
+    return [file for file in files if not value_counts(file[2])[values].any()]
 
 
-def present(raw):
-    """Raw values (H, W) -> those that occur, ascending."""
-    return np.flatnonzero(np.bincount(raw.ravel(), minlength=256)).tolist()
-
-
-class TrainTransform:
+def augment(image, labels, recipe):
     """Random scale, crop, flip and photometric distortion of image and labels together, padded with IGNORE.
 
     The crop is cut before it is resized: the same picture as resizing first, for a fraction of the work."""
-
-    def __init__(self, recipe):
-        self.crop, self.scale, self.jitter = recipe.crop, recipe.scale, recipe.jitter
-
-    def __call__(self, image, labels):
-        H, W = labels.shape
-        factor = self.crop / min(H, W) * torch.empty(()).uniform_(*self.scale).item()  # pixels out per pixel in
-        side = self.crop / factor  # of the window, in the source's pixels
-        h, w = min(math.ceil(side), H), min(math.ceil(side), W)
-        for _ in range(10):
-            top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
-            part = labels[top:top + h, left:left + w]
-            count = torch.bincount(part[::2, ::2].flatten().long(), minlength=256)[:INVALID]
-            if count.max() <= MAX_ONE_CLASS * count.sum():
-                break
-        size = [min(round(h * factor), self.crop), min(round(w * factor), self.crop)]
-        image = TF.crop(image, top, left, h, w)
-        if self.jitter:  # before the resize: mostly fewer pixels, never more than were decoded
-            image = distort(image)
-        image = TF.resize(image, size, antialias=True)
-        labels = TF.resized_crop(labels, top, left, h, w, size)  # nearest, since it is a Mask
-        if torch.rand(()) < 0.5:
-            image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
-        pad = [0, 0, self.crop - size[1], self.crop - size[0]]  # right and below
-        return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)
+    H, W = labels.shape
+    factor = recipe.crop / min(H, W) * torch.empty(()).uniform_(*recipe.scale).item()  # pixels out per pixel in
+    side = math.ceil(recipe.crop / factor)  # of the window, in the source's pixels
+    h, w = min(side, H), min(side, W)
+    for _ in range(10):
+        top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
+        part = labels[top:top + h, left:left + w]
+        count = torch.bincount(part[::2, ::2].flatten().long(), minlength=256)[:INVALID]
+        if count.max() <= MAX_ONE_CLASS * count.sum():
+            break
+    size = [min(round(h * factor), recipe.crop), min(round(w * factor), recipe.crop)]
+    image = TF.crop(image, top, left, h, w)
+    if recipe.jitter:  # before the resize: mostly fewer pixels, never more than were decoded
+        image = distort(image)
+    image = TF.resize(image, size, antialias=True)
+    labels = TF.resized_crop(labels, top, left, h, w, size)  # nearest, since it is a Mask
+    if torch.rand(()) < 0.5:
+        image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
+    pad = [0, 0, recipe.crop - size[1], recipe.crop - size[0]]  # right and below
+    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)
 
 
 def distort(image):
@@ -173,14 +151,14 @@ class TrainSet(Dataset):
 
     def __init__(self, source, recipe, seed=0):
         self.files, self.table, self.classes = source.train, source.table(training=True), len(source.classes)
-        self.transform, self.seed = TrainTransform(recipe), seed
+        self.recipe, self.seed = recipe, seed
 
     def __getitem__(self, item):
         position, i = item
         _, image, labels = read_pair(self.files[i], self.table, self.classes)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed * 1_000_003 + position)  # torch.manual_seed asks all devices
-            image, labels = self.transform(image, labels)
+            image, labels = augment(image, labels, self.recipe)
         return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
 
 
@@ -224,104 +202,7 @@ class ValSet(Dataset):
         return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor), name
 
 
-# ---------------------------------------------------------------- the data check
-
-
-def check(source, picture=None):
-    """Looks, in seconds, for what training would only show as bad figures -> lines of remarks. Raises DataError.
-
-    Listings were checked whole when the set was opened; here CHECKED images of each part, evenly spread, go through
-    TrainSet and ValSet. `picture`: a training sample and a test sample, image | labels, with their classes.
-    One's own classes.txt is the order itself: only the picture can show that the masks follow another."""
-    remarks, parts = [], {"training": source.train, "test": source.val}
-    for (part, files), expected in zip(parts.items(), source.expected):
-        if len(files) != expected:
-            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: figures do not compare")
-    if named := [name for name in source.classes if name.lower() in NO_THING]:
-        remarks.append(f"warning: {named[0]!r} is a class, but no thing that CLIP could know: the field makes it 255")
-
-    view, whole, most = TrainSet(source, source.recipe), ValSet(source), -1
-    for part, files in parts.items():
-        chosen = range(0, len(files), -(-len(files) // CHECKED))
-        masks = [np.bincount(read_values(files[i][2]).ravel(), minlength=256) for i in chosen]  # pixels of each value
-        check_values(source, part, masks)
-        for i, pixels in zip(chosen, masks):
-            if part == "test":
-                test = whole[i][:2]
-                continue
-            image, labels = view[i, i]
-            held = {source.classes[k] for value, k in source.values.items() if pixels[value] and k not in source.unseen}
-            given = {source.classes[source.seen[k]] for k in labels.unique().tolist() if k != IGNORE}
-            if given - held:
-                raise DataError(f"{files[i][2]}: the training view shows {min(given - held)!r}, which is unseen or not "
-                                "in this mask: a fault of the program, please report it")
-            if len(given) > most:
-                most, sample = len(given), (image, labels)
-        kind, wanted = ("seen", source.seen) if part == "training" else ("unseen", sorted(source.unseen))
-        found = {k for value, k in source.values.items() if sum(masks)[value]}
-        if absent := [source.classes[k] for k in wanted if k not in found]:
-            names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
-            remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(masks)} "
-                           f"{part} masks looked at (of {len(files)}): {names}")
-    if picture:
-        seen = torch.full((256,), IGNORE)
-        seen[:len(source.seen)] = torch.tensor(source.seen)
-        rows = [(sample[0], seen[sample[1].long()]), test]
-        shown = {k for _, labels in rows for k in labels.unique().tolist()}
-        rows = [[image, pictures.coloured(labels)] for image, labels in rows]
-        pictures.sheet(rows, ("image", "labels (white: no class)"), shown, source).save(picture)
-    return remarks
-
-
-def check_values(source, part, masks):
-    """Pixels of each raw value, mask by mask: are the masks shifted, converted, or of another class list?"""
-    pixels, K = sum(masks), len(source.classes)
-    unknown = [v for v in np.flatnonzero(pixels).tolist() if v not in source.values and v not in source.void]
-    first, last, these = source.classes[0], source.classes[-1], f"the {part} masks of {source.name}"
-    if 0 in source.void:  # VOC, Context
-        right = f"expected 0 background, 1 {first} … {K} {last}: use the files as they come"
-        if len(masks) >= 10 and not pixels[0]:
-            raise DataError(f"{these} never hold 0, they look raised by one: {right}")
-        if pixels[255] > pixels[0]:
-            raise DataError(f"{these} hold more 255 (void) than 0 (background), they look lowered by one: {right}")
-    elif source.expected and unknown:
-        raise DataError(f"{these} hold {unknown[0]}, an id that stuffthingmaps never use, they look converted or "
-                        "shifted: use the files of stuffthingmaps_trainval2017.zip as they come")
-    elif K in unknown:
-        mend = "if 0 is background, make it 255 and lower the others by one" if pixels[0] else "lower all by one"
-        raise DataError(f"{these} hold {K}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}")
-
-
-# ---------------------------------------------------------------- command
-
-
-def main(args):
-    if args.download:
-        if args.dataset != "voc":
-            raise DataError(f"--download is for --dataset voc; --dataset {args.dataset} shows the tree to unpack")
-        download_voc(Path(args.data_root or "data/voc"))
-    source = open_dataset(args.dataset, args.data_root)
-    print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
-          f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
-    for remark in check(source, args.picture):
-        print(remark)
-    print(f"no error in up to {CHECKED} training and {CHECKED} test images; look at {args.picture}: do the labels fit?")
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("data").add_argument
-    group("--dataset", required=True, metavar="NAME",
-          help=f"{', '.join(NAMES)}, or a folder in the README's layout")
-    group("--data-root", metavar="FOLDER", help="where it lies (default: data/NAME, or the folder itself)")
-    group("--download", action="store_true", help="voc: fetch VOC 2012 (2 GB) into the root first")
-    group("--picture", default="data_check.png", metavar="FILE", help="gets a training and a test sample with their "
-          "labels (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    import datacheck
+    import guard
+    guard.run_command(datacheck.main, datacheck.parse)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 import checkpoint
 import clip
 import data
+import datacheck
 import evaluate
 import guard
 import losses
@@ -84,7 +85,7 @@ def main(args):
     out = args.out_dir or Path("runs") / Path(args.dataset).name
     if first_rank:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.atomic(out / "data.png", lambda partial: remarks.extend(data.check(source, partial)))
+        checkpoint.atomic(out / "data.png", lambda partial: remarks.extend(datacheck.check(source, partial)))
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)

@@ -14,6 +14,7 @@ from conftest import run_inside
 from PIL import Image
 
 import data
+import datacheck
 import evaluate
 import guard
 import pictures
@@ -141,7 +142,7 @@ def test_official_trees(name, trees, tmp_path):
         there = {k for k in seen if raw_value(name, k) in np.asarray(Image.open(mask))}
         assert {seen[label] for label in view[i, i][1].unique().tolist() if label != 255} <= there
 
-    remarks = data.check(source, tmp_path / "check.png")
+    remarks = datacheck.check(source, tmp_path / "check.png")
     train, val = sources.COUNTS[name]
     assert remarks[:2] == [f"warning: 12 training images, the benchmark has {train}: figures do not compare",
                            f"warning: 3 test images, the benchmark has {val}: figures do not compare"]
@@ -254,7 +255,7 @@ def test_broken_trees_give_one_line(case, copy):
     root = copy(name)
     spoil(root)
     with pytest.raises(data.DataError, match=message) as error:
-        data.check(data.open_dataset(name, root))
+        datacheck.check(data.open_dataset(name, root))
     assert "\n" not in str(error.value)
 
 
@@ -288,10 +289,10 @@ def own_data(root, values, classes):
 
 def test_own_masks_that_count_from_one_or_keep_background(tmp_path):
     with pytest.raises(data.DataError, match=r"hold 3, but the 3 lines of classes.txt are 0 sky … 2 cat: lower all by"):
-        data.check(own_data(tmp_path / "one", [1, 2, 3], ["sky", "dog", "cat"]))
+        datacheck.check(own_data(tmp_path / "one", [1, 2, 3], ["sky", "dog", "cat"]))
     with pytest.raises(data.DataError, match="hold 3, .*if 0 is background, make it 255 and lower the others"):
-        data.check(own_data(tmp_path / "background", [0, 1, 2, 3], ["sky", "dog", "cat"]))
-    remarks = data.check(own_data(tmp_path / "named", [0, 1], ["background", "dog", "cat"]))
+        datacheck.check(own_data(tmp_path / "background", [0, 1, 2, 3], ["sky", "dog", "cat"]))
+    remarks = datacheck.check(own_data(tmp_path / "named", [0, 1], ["background", "dog", "cat"]))
     assert "'background' is a class, but no thing" in remarks[0]
     assert "1 of 3 seen classes are in none of the 2 training masks looked at (of 2): cat" in remarks[1]
 
@@ -308,7 +309,7 @@ def test_a_leak_into_the_training_view_stops_the_run(trees, monkeypatch):
 
     monkeypatch.setattr(sources.DataSource, "table", leaking)
     with pytest.raises(data.DataError, match="000000.png: the training view shows 'chair', which is unseen or not in"):
-        data.check(source)
+        datacheck.check(source)
 
 
 def test_hidden_pixels_give_no_gradient(trees):
@@ -333,13 +334,13 @@ def test_download_fetches_voc_and_says_what_is_left(tmp_path, monkeypatch, capsy
             shutil.rmtree(tree / AUG)
 
     monkeypatch.setattr(sources.torchvision.datasets, "VOCSegmentation", fetch)
-    args = data.parse(["--dataset", "voc", "--data-root", str(tmp_path), "--download", "--picture",
+    args = datacheck.parse(["--dataset", "voc", "--data-root", str(tmp_path), "--download", "--picture",
                        str(tmp_path / "check.png")])
     with pytest.raises(data.DataError, match="SegmentationClassAug.zip .*VOCdevkit/VOC2012/SegmentationClassAug$"):
-        data.main(args)
+        datacheck.main(args)
     assert asked == [(tmp_path, "2012", True)]
     shutil.copytree(trees["voc"] / AUG, tmp_path / "VOCdevkit/VOC2012" / AUG)
-    data.main(args)
+    datacheck.main(args)
     assert "voc: 12 training images, 3 test images, 15 seen classes, 5 unseen" in capsys.readouterr().out
 
     def fail(*args, **kwargs):
@@ -347,7 +348,7 @@ def test_download_fetches_voc_and_says_what_is_left(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(sources.torchvision.datasets, "VOCSegmentation", fail)
     with pytest.raises(data.DataError, match=r"did not arrive \(no route to host\): try again"):
-        data.main(args)
+        datacheck.main(args)
 
 
 # ---------------------------------------------------------------- the transform's colours
@@ -508,7 +509,7 @@ def test_train_and_evaluate_on_an_official_tree(name, strict, head, tiny_clip_fi
 
 def test_the_data_check_alone(trees, tmp_path, capsys):
     args = ["--dataset", "context-cascade-clip", "--data-root", str(trees["context"]), "--picture"]
-    data.main(data.parse([*args, str(tmp_path / "check.png")]))
+    datacheck.main(datacheck.parse([*args, str(tmp_path / "check.png")]))
     text = capsys.readouterr().out
     assert text.startswith("context-cascade-clip: 12 training images, 3 test images, 49 seen classes, 10 unseen\n")
     assert "no error in" in text and (tmp_path / "check.png").exists()

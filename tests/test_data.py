@@ -77,10 +77,10 @@ def test_image_and_labels_are_cut_alike():
     labels = torch.from_numpy(np.kron(rng.randint(0, 250, (6, 8)), np.ones((20, 20))).astype(np.uint8))
     image = data.tv_tensors.Image(labels.expand(3, -1, -1).clone())
     for crop, scale in ((64, (1.0, 2.0)), (200, (0.5, 0.6))):
-        transform = data.TrainTransform(sources.Recipe(1, crop=crop, scale=scale, jitter=False))
+        recipe = sources.Recipe(1, crop=crop, scale=scale, jitter=False)
         for seed in range(20):
             torch.manual_seed(seed)
-            out, cut = transform(image, data.tv_tensors.Mask(labels))
+            out, cut = data.augment(image, data.tv_tensors.Mask(labels), recipe)
             assert out.shape == (3, crop, crop) and cut.shape == (crop, crop)
             padded = cut == 255
             assert padded.any() == (crop == 200)
@@ -96,9 +96,9 @@ def test_crops_with_too_much_of_one_class_are_drawn_again():
     labels = torch.zeros(100, 400, dtype=torch.uint8)
     labels[:, 350:] = 1
     image = data.tv_tensors.Image(torch.zeros(3, 100, 400, dtype=torch.uint8))
-    transform = data.TrainTransform(sources.Recipe(1, crop=100, scale=(1.0, 1.0), jitter=False))
+    recipe = sources.Recipe(1, crop=100, scale=(1.0, 1.0), jitter=False)
     torch.manual_seed(0)
-    mixed = [transform(image, data.tv_tensors.Mask(labels))[1].float().mean().item() for _ in range(200)]
+    mixed = [data.augment(image, data.tv_tensors.Mask(labels), recipe)[1].float().mean().item() for _ in range(200)]
     good = [m for m in mixed if 0.25 <= m]
     assert len(good) > 100  # one draw alone would do so in 25 of 301 places: 17 times
 
