@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import clip
+from archive import check_tensors, read_archive
 from losses import world_size
 from model import ModelError
 
@@ -91,7 +91,7 @@ def _read(path):
     if not path.is_file():
         raise ModelError(f"no checkpoint {path}: train one with python train.py")
     try:
-        saved = clip.read_archive(path)
+        saved = read_archive(path)
         for key, kind in KINDS.items():
             if not isinstance(saved[key], kind):
                 raise TypeError(f"its {key} is of type {type(saved[key]).__name__}")
@@ -99,7 +99,7 @@ def _read(path):
             if not isinstance(saved["config"].get(key), kind):
                 raise TypeError(f"its setting {key} is {str(saved['config'].get(key))[:40]!r}")
         json.dumps(saved["config"])  # plain values, and lists and dicts of them
-        clip.check_tensors({**saved["model"], "bank": saved["bank"]}, path)
+        check_tensors({**saved["model"], "bank": saved["bank"]}, path)
     except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
         with open(path, "rb") as file:
             what = "is truncated or damaged, or no checkpoint" if file.read(2) == b"PK" else "is no checkpoint"

@@ -12,8 +12,6 @@ Symbols: B images, N patches, W tower width, D joint width, L text length.
 import gzip
 import hashlib
 import html
-import pickle
-import zipfile
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +21,8 @@ import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from archive import ArchiveError, check_tensors, read_archive
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -310,97 +310,21 @@ def _read_state_dict(path):
     """File -> {name: tensor}, from any of the three formats."""
     try:
         state = read_archive(path)
-    except CLIPError:
-        raise
+        for key in ("state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+        if not isinstance(state, dict):
+            raise ArchiveError(f"{path} holds no state dict (a mapping of names to tensors)")
+        for extra in ("input_resolution", "context_length", "vocab_size"):  # plain numbers in OpenAI's archives
+            state.pop(extra, None)
+        check_tensors(state, path)
+    except ArchiveError as error:
+        raise CLIPError(str(error)) from None
     except Exception as error:  # a truncated zip, a foreign pickle, a picture: all the same to the user
         reason = str(error).strip().split("\n")[0][:120]
         raise CLIPError(f"{path} cannot be read as CLIP weights, it is truncated or another format "
                         f"({type(error).__name__}: {reason})") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise CLIPError(f"{path} holds no state dict (a mapping of names to tensors)")
-    for extra in ("input_resolution", "context_length", "vocab_size"):  # plain numbers in OpenAI's archives
-        state.pop(extra, None)
-    check_tensors(state, path)
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def read_archive(path):
-    """What torch.save or torch.jit.save wrote -> what it holds. Read as data: no code in it is run.
-
-    Raises CLIPError where the archive is damaged, anything where it is none."""
-    with zipfile.ZipFile(path) as archive:
-        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if sum(record.file_size for record in archive.infolist()) > 10 * Path(path).stat().st_size:
-            raise CLIPError(f"{path} unpacks to ten times its size: not a file of torch")  # which packs no tensors
-        if damaged := archive.testzip():
-            raise CLIPError(f"{path} is damaged (record {damaged}): fetch it again")
-    return _read_torchscript(path) if scripted else torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_tensors(state, path):
-    """Raises CLIPError unless `state` maps names to dense finite tensors that do not claim more than the file holds."""
-    if not all(type(key) is str and type(x) is torch.Tensor and x.layout is torch.strided and x.device.type == "cpu"
-               for key, x in state.items()):
-        raise CLIPError(f"{path} holds no state dict (a mapping of names to tensors)")
-    if sum(x.numel() * x.element_size() for x in state.values()) > 2 * path.stat().st_size:
-        raise CLIPError(f"{path} names larger tensors than it holds: it is damaged or hostile")
-    for key, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise CLIPError(f"{path}: {key} holds values that are not finite: the file is damaged")
-
-
-class _Scripted:
-    """Stands for any module of a TorchScript archive; its attributes arrive through the pickle's BUILD."""
-
-
-_STORAGES = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
-             "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
-
-
-class _ArchiveUnpickler(pickle.Unpickler):
-    """Reads the tensors of a TorchScript archive as data.
-
-    `torch.jit.load` is deprecated and runs code from the file. Only three names can be called from here: a
-    tensor's rebuild, OrderedDict, and an empty class in place of every scripted one."""
-
-    def __init__(self, archive, root):
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module, name):
-        if module.startswith("__torch__"):
-            return _Scripted
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGES:  # only names the dtype; persistent_load brings the bytes
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"unexpected {module}.{name}")
-
-    def persistent_load(self, saved_id):
-        _, dtype, key, _, _ = saved_id
-        data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-        storage = torch.frombuffer(data, dtype=dtype).untyped_storage()
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
-
-
-def _read_torchscript(path):
-    with zipfile.ZipFile(path) as archive:
-        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
-        module = _ArchiveUnpickler(archive, root).load()
-
-    def tensors(module, prefix=""):
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-            elif isinstance(value, _Scripted):
-                yield from tensors(value, f"{prefix}{name}.")
-
-    return dict(tensors(module))
 
 
 def _build(state, path):
