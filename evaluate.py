@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun takes --run for its own
 
 Prints a line a class, γ = 0 beside the calibrated column; writes metrics.json and preview.png.
-Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
 """
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -18,90 +18,17 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-import clip
 import data
 import guard
-import model as models
 import pictures
-from checkpoint import atomic, from_first_process, newest_run, read_checkpoint
-from losses import linear_weights, world_size
+from checkpoint import atomic, from_first_process, newest_run
+from inference import load_run, pick_device, predict
+from losses import world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
-BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
 
 
-# ---------------------------------------------------------------- prediction
-
-
-def windows(size, window, stride):
-    """Starts of the windows that cover `size` pixels; the last one is pushed back inside."""
-    if size <= window:
-        return [0]
-    return [*range(0, size - window, stride), size - window]
-
-
-def axis_weights(size, window, stride, cells, out):
-    """(out, n · cells): takes one axis of n windows' grids, end to end, to `out` pixels.
-
-    Bilinear in each window of `size` pixels' n, their mean where they overlap, bilinear to `out`; rows ≥ 0, sum 1."""
-    parts = []
-    for start in windows(size, window, stride):
-        part = torch.zeros(size, cells, dtype=torch.double)
-        part[start:start + window] = linear_weights(cells, min(window, size))
-        parts.append(part)
-    weights = torch.cat(parts, dim=1)
-    weights /= weights.sum(1, keepdim=True)
-    return weights if out == size else linear_weights(size, out) @ weights
-
-
-@torch.inference_mode()
-def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None,
-            floor=-torch.inf):
-    """uint8 image (3, H, W) -> {γ: int64 label map (H, W)}, argmax over all classes of logit − γ·[class is seen].
-
-    seen    bool (K,), the classes that γ lowers (γ in logits)
-    floor   where the largest is lower, the label is IGNORE
-    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default.
-
-    All that is linear, and along each axis apart, so a score is a mean of grid logits with weights ≥ 0. In a block of
-    pixels it lies between the least and the largest logit that reach the block; a class whose largest is below another
-    one's least wins nowhere in it and is left out there. No approximation, and no (K, H, W) in memory."""
-    H, W = out_size or image.shape[1:]
-    image = image.float()[None] / 255
-    if short_side:
-        factor = short_side / min(image.shape[2:])
-        size = [round(side * factor) for side in image.shape[2:]]
-        image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
-    h, w = image.shape[2:]
-    bands = []
-    for top in windows(h, window, stride):
-        band = image[:, :, top:top + window]
-        band = model.logits(torch.cat([band[..., left:left + window] for left in windows(w, window, stride)])).float()
-        bands.append(torch.cat(list(band), dim=2))
-    logits = torch.cat(bands, dim=1)  # (K, Σh, Σw): the windows' grids side by side
-    rows = axis_weights(h, window, stride, band.shape[2], H).to(logits)  # (H, Σh)
-    columns = axis_weights(w, window, stride, band.shape[3], W).to(logits)  # (W, Σw)
-
-    labels = {gamma: torch.empty(H, W, dtype=torch.long, device=logits.device) for gamma in gammas}
-    side = BLOCK[logits.device.type]
-    for y in range(0, H, side):
-        r = rows[y:y + side]
-        strip, r = logits[:, r.any(0)], r[:, r.any(0)]
-        for x in range(0, W, side):
-            c = columns[x:x + side]
-            part, c = strip[:, :, c.any(0)], c[:, c.any(0)]  # (K, i, j): what reaches this block
-            largest, least = part.amax((1, 2)), part.amin((1, 2))
-            loses = torch.stack([largest - gamma * seen < (least - gamma * seen).max() for gamma in gammas])
-            k = (~loses.all(0)).nonzero()[:, 0]  # (K',); all, where logits are not finite
-            tall = r @ part[k]  # (K', y, j)
-            scores = c @ tall.permute(1, 2, 0)  # (y, x, K')
-            for gamma, label in labels.items():
-                score, winner = (scores - gamma * seen[k]).max(2)
-                label[y:y + side, x:x + side] = k[winner].masked_fill(score < floor, data.IGNORE)
-    return labels
-
-
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- scores
 
 
 def confusion(truth, prediction, classes):
@@ -131,32 +58,34 @@ def metrics(matrix, classes, unseen):
     return {"pAcc": accuracy, "mIoU_seen": S, "mIoU_unseen": U, "hIoU": harmonic, "IoU": dict(zip(classes, iou))}
 
 
+def label(model, image, source, device, gammas=(0.0,)):
+    """`predict` by the source's recipe: uint8 image (3, H, W) -> {γ: labels (H, W)}."""
+    seen = torch.tensor([k not in source.unseen for k in range(len(source.classes))], device=device)
+    recipe = source.recipe
+    return predict(model, image.to(device), seen, gammas, recipe.short_side, recipe.window, recipe.stride)
+
+
 @torch.inference_mode()
 def calibrate(model, source, device, images=100, loss=0.01):
     """γ from the training images' seen labels alone: at most `loss` of the rightly labelled pixels turn unseen.
 
     OURS. γ is that quantile of (best seen logit − best unseen logit), at the dense grid, classes set to all K.
-    No unseen label and no test image is looked at."""
+    No unseen label and no test image is looked at. The model is left in eval mode."""
     if not source.unseen:
         return 0.0
     seen = torch.tensor(source.seen, device=device)
     unseen = torch.tensor(sorted(source.unseen), device=device)
-    table, margins = source.table(training=False), []
-    was_training = model.training
+    margins = []
     model.eval()
     step = max(len(source.train) // images, 1)
-    for file in source.train[::step][:images]:
-        _, image, labels = data.read_pair(file, table, len(source.classes))
-        image = image.as_subclass(torch.Tensor)
+    for image, labels, _ in data.ValSet(dataclasses.replace(source, val=source.train[::step][:images])):
         short = source.recipe.short_side or min(*image.shape[1:], source.recipe.window)
         image = TF.resize(image, [round(side * short / min(image.shape[1:])) for side in image.shape[1:]])
         logits = model.logits(image[None].to(device).float() / 255)[0]  # (K, h, w)
-        labels = labels.as_subclass(torch.Tensor)[None, None].float()
-        truth = F.interpolate(labels, logits.shape[1:], mode="nearest-exact")[0, 0]
+        truth = F.interpolate(labels[None, None].float(), logits.shape[1:], mode="nearest-exact")[0, 0]
         top, k = logits[seen].max(0)
         margin = top - logits[unseen].max(0).values
         margins.append(margin[seen[k] == truth.to(device)].cpu())
-    model.train(was_training)
     margins = torch.cat(margins)
     margins = margins[margins > 0]
     return margins.kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
@@ -165,7 +94,7 @@ def calibrate(model, source, device, images=100, loss=0.01):
 def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     """Scores `model` on the source's val images; with several processes each takes its part, without repeats.
 
-    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}.
+    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}; leaves the model in eval mode.
     predictions    folder that gets NAME.png of every image: class indexes in a palette, γ = 0
     unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
                    classes alone: a far easier task, whose figures compare with no joint one"""
@@ -174,26 +103,23 @@ def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     if predictions:
         predictions.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank() if world_size() > 1 else 0
-    K, recipe = len(source.classes), source.recipe
+    K = len(source.classes)
     loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None,
                         num_workers=0 if device.type == "cpu" else 4)
-    seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
     gammas = (0.0, gamma, UNSEEN_ALONE) if unseen_only else (0.0, gamma)
-    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in dict.fromkeys(gammas)}
-    was_training = model.training
+    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in gammas}
     model.eval()
     for image, truth, name in loader:
-        maps = predict(model, image.to(device), seen, tuple(matrices), recipe.short_side, recipe.window, recipe.stride)
+        maps = label(model, image, source, device, tuple(matrices))
         for g, prediction in maps.items():
             matrices[g] += confusion(truth.to(device), prediction, K)
         if predictions:
             pictures.save_mask(maps[0.0].byte().cpu().numpy(), predictions / f"{name}.png")
-    model.train(was_training)
     if world_size() > 1:
         for matrix in matrices.values():
             dist.all_reduce(matrix)
     if unseen_only:
-        matrices[UNSEEN_ALONE][seen] = 0  # the rows of pixels whose truth is a seen class
+        matrices[UNSEEN_ALONE][source.seen] = 0  # the rows of pixels whose truth is a seen class
     score = {g: metrics(matrix, source.classes, source.unseen) for g, matrix in matrices.items()}
     result = {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
     if unseen_only:
@@ -229,13 +155,11 @@ def table(result, source):
 
 def preview(model, source, device, path, images=6):
     """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
-    recipe, view, rows, shown = source.recipe, data.ValSet(source), [], set()
-    seen = torch.tensor([k not in source.unseen for k in range(len(source.classes))], device=device)
+    view, rows, shown = data.ValSet(source), [], set()
     model.eval()
     for i in range(min(images, len(view))):
         image, truth, _ = view[i]
-        maps = predict(model, image.to(device), seen, (0.0,), recipe.short_side, recipe.window, recipe.stride)
-        prediction = maps[0.0].cpu()
+        prediction = label(model, image, source, device)[0.0].cpu()
         shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
         rows.append([image, pictures.coloured(truth), pictures.coloured(prediction)])
     sheet = pictures.sheet(rows, ("image", "truth", "prediction"), shown, source)
@@ -249,28 +173,6 @@ def curves(out):
 
 
 # ---------------------------------------------------------------- command
-
-
-def load_run(checkpoint, device):
-    """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError."""
-    saved = from_first_process(lambda: read_checkpoint(checkpoint))
-    config = saved["config"]
-    clip_model = clip.load(config["clip"])
-    model = models.build(clip_model, **{**config, "body_weights": "none"})
-    del clip_model.visual  # what the head needs of it, it has copied
-    model.load_trained_state(saved["model"])
-    return model.to(device).eval(), config, saved["gamma"]
-
-
-def pick_device(name=None):
-    """cpu, or this process's GPU."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    return device
 
 
 def report(result, model, source, device, out):

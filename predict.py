@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 import data
-import evaluate
 import guard
+import inference
 import pictures
+from checkpoint import atomic, newest_run, read_checkpoint
 from sources import plain
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
@@ -38,13 +39,13 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     gamma       taken off the logits of classes that the run trained on
     Raises DataError, ModelError, CLIPError."""
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
-                                      evaluate.pick_device(device))
+                                      inference.pick_device(device))
     if not isinstance(image, torch.Tensor):
         image = data.read_image(image, upright=True).as_subclass(torch.Tensor)
     short, (low, high) = min(image.shape[1:]), config["test"]["sides"]  # short sides that the body knows from training
     short = min(max(short, min(low, ENLARGED * short)), high)
-    labels = evaluate.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
-                              config["test"]["stride"], image.shape[1:], threshold / model.tau)[gamma]
+    labels = inference.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
+                               config["test"]["stride"], floor=threshold / model.tau)[gamma]
     return labels.masked_fill(labels >= len(names), data.IGNORE).byte().cpu(), names
 
 
@@ -62,7 +63,7 @@ def split(classes):
 
 def written(run):
     """Run folder, checkpoint or None -> checkpoint and when it was written, so that a newer one is not passed over."""
-    path = Path(run) if run else evaluate.newest_run()
+    path = Path(run) if run else newest_run()
     path = path / "last.pt" if path.is_dir() else path
     return path, path.stat().st_mtime if path.is_file() else None
 
@@ -70,7 +71,7 @@ def written(run):
 @lru_cache(1)
 def load(checkpoint, _, classes, other, device):
     """-> model that tells the classes apart, their names, bool (K,) which the run trained on, the run's config."""
-    model, config, _ = evaluate.load_run(checkpoint, device)
+    model, config, _ = inference.load_run(checkpoint, device)
     classes = list(classes or config["classes"])
     trained = {plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
                for word in name.split(",")}
@@ -96,9 +97,9 @@ def write(image, labels, names, out, stem, about):
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[data.IGNORE] / labels.numel()
     about |= {"width": labels.shape[1], "height": labels.shape[0], "classes": share, "none": none}
-    evaluate.atomic(out / f"{stem}.overlay.png", lambda path: pictures.overlay(image, labels, names).save(path, "PNG"))
-    evaluate.atomic(out / f"{stem}.mask.png", lambda path: pictures.save_mask(labels.numpy(), path))
-    evaluate.atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
+    atomic(out / f"{stem}.overlay.png", lambda path: pictures.overlay(image, labels, names).save(path, "PNG"))
+    atomic(out / f"{stem}.mask.png", lambda path: pictures.save_mask(labels.numpy(), path))
+    atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
     return share | ({"none": none} if none else {})
 
 
@@ -107,7 +108,7 @@ def main(args):
     out = args.out_dir or checkpoint.parent / "predictions"
     files = find(args.pictures)
     if not files:
-        config = evaluate.read_checkpoint(checkpoint)["config"]
+        config = read_checkpoint(checkpoint)["config"]
         files = [Path(data.open_dataset(config["dataset"], config["data_root"]).val[0][1])]
         print(f"no picture named: a test picture of {config['dataset']}")
     skipped, stems = 0, set()

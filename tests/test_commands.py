@@ -15,7 +15,9 @@ from conftest import run_inside
 from PIL import Image
 
 import evaluate
+import inference
 import train
+from checkpoint import newest_run
 from toy import world
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +223,7 @@ def test_sliding_windows_against_a_loop(size):
     torch.manual_seed(0)
     model, image = Lookup(), torch.randint(256, (3, *size), dtype=torch.uint8)
     seen = torch.arange(20) < 15
-    got = evaluate.predict(model, image, seen, (0.0, 0.3), None, window=64, stride=40)
+    got = inference.predict(model, image, seen, (0.0, 0.3), None, window=64, stride=40)
     total, count = torch.zeros(20, *size), torch.zeros(size)
     tops = lambda n: [0] if n <= 64 else [t for t in range(0, n, 40) if t + 64 < n] + [n - 64]  # noqa: E731
     for top in tops(size[0]):
@@ -239,7 +241,7 @@ def test_sliding_windows_against_a_loop(size):
 @pytest.mark.parametrize("block", [7, 64])
 def test_no_class_that_wins_is_left_out(block, monkeypatch):
     """Many classes, few near each place; windows, another output size, and a γ that silences the seen classes."""
-    monkeypatch.setitem(evaluate.BLOCK, "cpu", block)
+    monkeypatch.setitem(inference.BLOCK, "cpu", block)
     torch.manual_seed(0)
     field = torch.nn.functional.interpolate(torch.randn(1, 60, 4, 5), (20, 25), mode="bicubic")
 
@@ -259,7 +261,7 @@ def test_no_class_that_wins_is_left_out(block, monkeypatch):
             total[:, top:top + 48, left:left + 48] += up
             count[top:top + 48, left:left + 48] += 1
     scores = torch.nn.functional.interpolate((total / count)[None], (53, 131), mode="bilinear")[0]
-    got = evaluate.predict(Field(), image, seen, gammas, None, 48, 30, out_size=(53, 131))
+    got = inference.predict(Field(), image, seen, gammas, None, 48, 30, out_size=(53, 131))
     for gamma in gammas:
         want = (scores - gamma * seen[:, None, None]).argmax(0)
         assert (got[gamma] == want).float().mean() > 0.999
@@ -267,14 +269,14 @@ def test_no_class_that_wins_is_left_out(block, monkeypatch):
 
 
 MEMORY = """
-import resource, torch, evaluate
+import resource, torch, inference
 class Noise:  # the worst case: any class may win anywhere
     def __init__(self, K): self.K = K
     def logits(self, images): return torch.randn(len(images), self.K, images.shape[2] // 16, images.shape[3] // 16)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
 image = torch.randint(0, 256, (3, 1500, 2000), dtype=torch.uint8)
 for K in (20, 171):
-    evaluate.predict(Noise(K), image, torch.zeros(K, dtype=torch.bool))
+    inference.predict(Noise(K), image, torch.zeros(K, dtype=torch.bool))
     print(peak())
 """
 
@@ -289,10 +291,10 @@ def test_memory_hardly_grows_with_the_number_of_classes():
 def test_newest_run_and_none(tmp_path):
     from model import ModelError
     with pytest.raises(ModelError, match="train one with python train.py"):
-        evaluate.newest_run(tmp_path)
+        newest_run(tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.pt").touch()
         time.sleep(0.02)
     os.utime(tmp_path / "a/last.pt")
-    assert evaluate.newest_run(tmp_path).parent.name == "a"
+    assert newest_run(tmp_path).parent.name == "a"

@@ -14,6 +14,7 @@ import checkpoint
 import clip
 import data
 import evaluate
+import inference
 import model as models
 import pictures
 import predict
@@ -98,10 +99,10 @@ def test_pictures_of_any_size_get_labels_of_that_size(size, run, photo):
 def test_it_is_the_prediction_of_evaluate(run, photo):
     """At a size that training knows, predict.py gives what evaluate.py's argmax gives."""
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
-    net, config, _ = evaluate.load_run(run / "last.pt", torch.device("cpu"))
+    net, config, _ = inference.load_run(run / "last.pt", torch.device("cpu"))
     net.set_classes(config["classes"], config["templates"])
     for gamma in (0.0, 0.5):
-        want = evaluate.predict(net, image, torch.tensor([True, False, True]), (gamma,), None, 64, 48)[gamma]
+        want = inference.predict(net, image, torch.tensor([True, False, True]), (gamma,), None, 64, 48)[gamma]
         assert torch.equal(predict.segment(image, run=run, gamma=gamma, device="cpu")[0], want.byte())
 
 
@@ -113,9 +114,9 @@ def test_synonyms_others_and_threshold(run, photo):
 
     assert torch.equal(ask("red ring, green cross|green plus , dark sand,")[0], ask()[0])
     assert ask(["sofa | couch", "cat"])[1] == ["sofa", "cat"]
-    net, config, _ = evaluate.load_run(run / "last.pt", torch.device("cpu"))
+    net, config, _ = inference.load_run(run / "last.pt", torch.device("cpu"))
     net.set_classes(["sofa,couch", "cat", predict.OTHER], config["templates"])
-    three = evaluate.predict(net, image, torch.zeros(3, dtype=torch.bool), (0.0,), None, 64, 48)[0.0]
+    three = inference.predict(net, image, torch.zeros(3, dtype=torch.bool), (0.0,), None, 64, 48)[0.0]
     assert torch.equal(ask("sofa|couch, cat", other=True)[0], three.where(three < 2, torch.tensor(255)).byte())
     first = net.logits(image[None, :, :, :64].float() / 255)  # window; the second begins at column 36
     cosine = torch.nn.functional.interpolate(first, (60, 64), mode="bilinear")[0, :2].max(0).values * net.tau

@@ -1,0 +1,107 @@
+"""A trained run labels whole pictures: the model from its checkpoint, sliding windows, argmax over all classes.
+
+Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
+Symbols: K classes, H×W pixels, h×w the dense grid.
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+
+import clip
+import model as models
+from checkpoint import from_first_process, read_checkpoint
+from losses import linear_weights
+from sources import IGNORE
+
+BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
+
+
+def load_run(checkpoint, device):
+    """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError."""
+    saved = from_first_process(lambda: read_checkpoint(checkpoint))
+    config = saved["config"]
+    clip_model = clip.load(config["clip"])
+    model = models.build(clip_model, **{**config, "body_weights": "none"})
+    del clip_model.visual  # what the head needs of it, it has copied
+    model.load_trained_state(saved["model"])
+    return model.to(device).eval(), config, saved["gamma"]
+
+
+def pick_device(name=None):
+    """cpu, or this process's GPU."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def windows(size, window, stride):
+    """Starts of the windows that cover `size` pixels; the last one is pushed back inside."""
+    if size <= window:
+        return [0]
+    return [*range(0, size - window, stride), size - window]
+
+
+def axis_weights(size, window, stride, cells, out):
+    """(out, n · cells): takes one axis of n windows' grids, end to end, to `out` pixels.
+
+    Bilinear in each window of `size` pixels' n, their mean where they overlap, bilinear to `out`; rows ≥ 0, sum 1."""
+    parts = []
+    for start in windows(size, window, stride):
+        part = torch.zeros(size, cells, dtype=torch.double)
+        part[start:start + window] = linear_weights(cells, min(window, size))
+        parts.append(part)
+    weights = torch.cat(parts, dim=1)
+    weights /= weights.sum(1, keepdim=True)
+    return weights if out == size else linear_weights(size, out) @ weights
+
+
+@torch.inference_mode()
+def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None,
+            floor=-torch.inf):
+    """uint8 image (3, H, W) -> {γ: int64 label map (H, W)}, argmax over all classes of logit − γ·[class is seen].
+
+    seen    bool (K,), the classes that γ lowers (γ in logits)
+    floor   where the largest is lower, the label is IGNORE
+    Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default.
+
+    All that is linear, and along each axis apart, so a score is a mean of grid logits with weights ≥ 0. In a block of
+    pixels it lies between the least and the largest logit that reach the block; a class whose largest is below another
+    one's least wins nowhere in it and is left out there. No approximation, and no (K, H, W) in memory."""
+    H, W = out_size or image.shape[1:]
+    image = image.float()[None] / 255
+    if short_side:
+        factor = short_side / min(image.shape[2:])
+        size = [round(side * factor) for side in image.shape[2:]]
+        image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+    h, w = image.shape[2:]
+    bands = []
+    for top in windows(h, window, stride):
+        band = image[:, :, top:top + window]
+        band = model.logits(torch.cat([band[..., left:left + window] for left in windows(w, window, stride)])).float()
+        bands.append(torch.cat(list(band), dim=2))
+    logits = torch.cat(bands, dim=1)  # (K, Σh, Σw): the windows' grids side by side
+    rows = axis_weights(h, window, stride, band.shape[2], H).to(logits)  # (H, Σh)
+    columns = axis_weights(w, window, stride, band.shape[3], W).to(logits)  # (W, Σw)
+
+    labels = {gamma: torch.empty(H, W, dtype=torch.long, device=logits.device) for gamma in gammas}
+    side = BLOCK[logits.device.type]
+    for y in range(0, H, side):
+        r = rows[y:y + side]
+        strip, r = logits[:, r.any(0)], r[:, r.any(0)]
+        for x in range(0, W, side):
+            c = columns[x:x + side]
+            part, c = strip[:, :, c.any(0)], c[:, c.any(0)]  # (K, i, j): what reaches this block
+            largest, least = part.amax((1, 2)), part.amin((1, 2))
+            loses = torch.stack([largest - gamma * seen < (least - gamma * seen).max() for gamma in gammas])
+            k = (~loses.all(0)).nonzero()[:, 0]  # (K',); all, where logits are not finite
+            tall = r @ part[k]  # (K', y, j)
+            scores = c @ tall.permute(1, 2, 0)  # (y, x, K')
+            for gamma, label in labels.items():
+                score, winner = (scores - gamma * seen[k]).max(2)
+                label[y:y + side, x:x + side] = k[winner].masked_fill(score < floor, IGNORE)
+    return labels
