@@ -42,6 +42,16 @@ def check_tensors(state, path):
             raise ArchiveError(f"{path}: {key} holds values that are not finite: the file is damaged")
 
 
+def misfit(state, wanted):
+    """What of a state dict does not fit the wanted one, in words; None where names and shapes are the same."""
+    if differ := sorted(wanted.keys() ^ state.keys()):
+        what = "missing" if differ[0] in wanted else "unexpected"
+        return f"{len(differ)} tensors differ, the first, {differ[0]}, is {what}"
+    for key, tensor in state.items():
+        if tensor.shape != wanted[key].shape:
+            return f"{key} has shape {tuple(tensor.shape)}, expected {tuple(wanted[key].shape)}"
+
+
 # ---------------------------------------------------------------- TorchScript
 
 

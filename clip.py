@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from archive import ArchiveError, check_tensors, read_archive
+from archive import ArchiveError, check_tensors, misfit, read_archive
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -98,20 +98,16 @@ class Tokenizer:
 tokenizer = lru_cache(1)(Tokenizer)
 
 
-def tokenize(texts, context_length=77, truncate=False):
-    """str or list of P strs -> int64 (P, context_length): start, tokens, end, zeros.
-
-    Raises CLIPError where a text does not fit, unless `truncate` (which keeps the end mark)."""
+def tokenize(texts, context_length=77):
+    """str or list of P strs -> int64 (P, context_length): start, tokens, end, zeros. Raises CLIPError where a text does
+    not fit."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     start, end = tokenizer().id["<|startoftext|>"], tokenizer().id["<|endoftext|>"]
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts):
         ids = [start, *tokenizer().encode(text), end]
         if len(ids) > context_length:
-            if not truncate:
-                raise CLIPError(f"text has {len(ids)} tokens, at most {context_length} fit: "
-                                f"shorten it or pass truncate=True: {text[:60]!r}")
-            ids = ids[:context_length - 1] + [end]
+            raise CLIPError(f"text has {len(ids)} tokens, at most {context_length} fit: shorten it: {text[:60]!r}")
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 
@@ -238,18 +234,12 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(0.07).reciprocal().log())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def encode_image(self, images, dense=False):
-        """RGB in [0, 1], (B, 3, H, W) at any H, W ≥ the patch size -> CLS embeddings (B, D), not normalised.
-
-        With `dense`, also the patch tokens after ln_post and proj: (B, D, H // patch, W // patch)."""
-        patch = self.visual.patch_size
-        h, w = images.shape[-2] // patch, images.shape[-1] // patch
-        if h == 0 or w == 0:
-            raise CLIPError(f"image is {images.shape[-2]}×{images.shape[-1]} pixels, one patch needs {patch}×{patch}")
-        tokens = self.visual(images)  # (B, 1+N, D)
-        if not dense:
-            return tokens[:, 0]
-        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+    def encode_image(self, images):
+        """RGB in [0, 1], (B, 3, H, W) at any H, W ≥ the patch size -> CLS embeddings (B, D), not normalised."""
+        H, W, patch = *images.shape[-2:], self.visual.patch_size
+        if min(H, W) < patch:
+            raise CLIPError(f"image is {H}×{W} pixels, one patch needs {patch}×{patch}")
+        return self.visual(images)[:, 0]
 
     def encode_text(self, tokens):
         """int (P, L) from `tokenize` -> (P, D), not normalised; read at the end mark, the largest id."""
@@ -274,14 +264,8 @@ def load(name_or_path):
         raise CLIPError(f"no CLIP file {path}: give a file or one of {', '.join(MODELS)}")
     state = _read_state_dict(path)
     model = _build(state, path)
-    wanted = model.state_dict()
-    if missing := sorted(wanted.keys() - state.keys()):
-        raise CLIPError(f"{path} lacks {len(missing)} of CLIP's tensors, the first is {missing[0]}: not a whole CLIP")
-    if extra := sorted(state.keys() - wanted.keys()):
-        raise CLIPError(f"{path} holds {len(extra)} tensors that CLIP has not, the first is {extra[0]}: another model?")
-    for key, tensor in state.items():
-        if tensor.shape != wanted[key].shape:
-            raise CLIPError(f"{path}: {key} has shape {tuple(tensor.shape)}, expected {tuple(wanted[key].shape)}")
+    if wrong := misfit(state, model.state_dict()):
+        raise CLIPError(f"{path} is not a whole CLIP, or another model: {wrong}")
     model.load_state_dict(state)
     return model.float().eval().requires_grad_(False)
 

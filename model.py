@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import clip
+from archive import misfit
 from bodies import BODIES, ModelError, build_body  # noqa: F401, the first for train.py's flags
 from clip_head import CSH, LinearHead
 from losses import pixel_text_logits
@@ -38,7 +39,8 @@ def text_embeddings(clip_model, names, templates):
     try:
         return torch.load(path, weights_only=True)
     except Exception:  # not there yet, or damaged
-        t = [F.normalize(clip_model.encode_text(clip.tokenize(rows)).float(), dim=-1).mean(0) for rows in texts]
+        tokens = [clip.tokenize(rows, clip_model.context_length) for rows in texts]
+        t = [F.normalize(clip_model.encode_text(rows).float(), dim=-1).mean(0) for rows in tokens]
         t = F.normalize(torch.stack(t), dim=-1).cpu()
     with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written is no cache
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +79,8 @@ class ChimeraSeg(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
     def load_trained_state(self, state):
-        wanted = self.trained_state()
-        if differ := sorted(wanted.keys() ^ state.keys()):
-            raise ModelError(f"the checkpoint is of another body or head: {len(differ)} tensors differ, such as "
-                             f"{differ[0]}")
-        for name, tensor in state.items():
-            if tensor.shape != wanted[name].shape:
-                raise ModelError(f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's is "
-                                 f"{tuple(wanted[name].shape)}")
+        if wrong := misfit(state, self.trained_state()):
+            raise ModelError(f"the checkpoint is of another body or head: {wrong}")
         self.load_state_dict(state, strict=False)
 
 

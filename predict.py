@@ -92,7 +92,7 @@ def find(paths):
 
 
 def write(image, labels, names, out, stem, about):
-    """The three files of one picture -> {class: share of the pixels}, with "none" if some have no class."""
+    """The three files of one picture -> {class: share of the pixels}, "none" for those without a class."""
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[data.IGNORE] / labels.numel()
@@ -100,7 +100,7 @@ def write(image, labels, names, out, stem, about):
     atomic(out / f"{stem}.overlay.png", lambda path: pictures.overlay(image, labels, names).save(path, "PNG"))
     atomic(out / f"{stem}.mask.png", lambda path: pictures.save_mask(labels.numpy(), path))
     atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
-    return share | ({"none": none} if none else {})
+    return share | {"none": none}
 
 
 def main(args):

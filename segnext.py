@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from archive import misfit
+
 SIZES = {  # size: (widths of the four stages, blocks in each, decoder's width C, R, drop path rate of the last block)
     "t": ((32, 64, 160, 256), (3, 3, 5, 2), 256, 16, 0.1),
     "s": ((64, 128, 320, 512), (2, 2, 4, 2), 256, 16, 0.1),
@@ -217,12 +219,7 @@ def load_mscan(body, checkpoint):
     for key, counter in wanted.items():
         if key.endswith(".num_batches_tracked"):  # BatchNorm does not need its counters; a file may lack them
             state.setdefault(key, counter)
-    if differ := sorted(wanted.keys() ^ state.keys()):
-        raise SegNeXtError(f"not the weights of this MSCAN, another size or model? {len(differ)} tensors differ, the "
-                           f"first, {differ[0]}, is {'missing' if differ[0] in wanted else 'unexpected'}")
-    for key, tensor in state.items():
-        if tensor.shape != wanted[key].shape:
-            raise SegNeXtError(f"not the weights of this MSCAN, another size? {key} has shape {tuple(tensor.shape)}, "
-                               f"expected {tuple(wanted[key].shape)}")
+    if wrong := misfit(state, wanted):
+        raise SegNeXtError(f"not the weights of this MSCAN, another size or model? {wrong}")
     body.backbone.load_state_dict(state)
     return dropped

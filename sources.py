@@ -119,14 +119,11 @@ def open_benchmark(name, root=None):
     benchmark = "context" if name in CONTEXT else name
     root = Path(root or f"data/{benchmark}")
     inside, tree = TREES[benchmark]
-    top = root if name == "coco-stuff" or not (root / inside).is_dir() else root / inside
-    where = {part: top / inside / part if name == "coco-stuff" and not (top / part).exists() else top / part
-             for part in tree}
+    where = {part: root / part if (root / part).exists() else root / inside / part for part in tree}
     if missing := [part for part in tree if not where[part].exists()]:
         lines = "\n".join(f"    {part:<{max(map(len, tree))}}  {what}" for part, what in tree.items())
-        also = "; the images may lie one folder down, in images/" if name == "coco-stuff" else f" or {root / inside}"
         hint = ": python data.py --dataset voc --download gets all but SegmentationClassAug" if name == "voc" else ""
-        raise DataError(f"no {missing[0]} in {top}: expected this tree in {root}{also}{hint}\n{lines}")
+        raise DataError(f"no {missing[0]} in {root}: expected this tree there or in {root / inside}{hint}\n{lines}")
 
     protocol, jpg, png = PROTOCOL[benchmark], (".jpg",), (".png",)
     classes, unseen, void = protocol["classes"], protocol.get("unseen"), (0, 255)

@@ -122,6 +122,12 @@ def test_set_classes_at_any_time(tiny_clip):
     assert model.logits(torch.rand(1, 3, 32, 32)).shape == (1, 3, 8, 8)
 
 
+def test_names_longer_than_this_clip_reads_say_so(tiny_clip):
+    tiny_clip.context_length = 6
+    with pytest.raises(clip.CLIPError, match="text has 7 tokens, at most 6 fit"):
+        models.text_embeddings(tiny_clip, ["cat"], ["a photo of {} here"])
+
+
 def test_text_embeddings_are_cached_by_content(tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "CACHE", tmp_path)
     encode, calls = tiny_clip.encode_text, []
