@@ -27,7 +27,7 @@ def read_image(path, upright=False):
     """File -> uint8 RGB (3, H, W). `upright`: turned as the camera noted in EXIF, which masks do not follow."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return tv_tensors.Image(TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image)))
+            return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image))
     except Exception as error:  # Pillow raises all sorts on damaged files
         raise DataError(f"cannot read the image {path} ({error}): replace it or take it off the list") from None
 
@@ -72,7 +72,7 @@ def read_mask(path, table, classes):
         expected = ", ".join(f"{s[0]} to {s[-1]}" if len(s) > 1 else str(s[0]) for s in stretches)
         raise DataError(f"the mask {path} holds the value {raw[labels == INVALID][0]}, which none of the {classes} "
                         f"classes has: expected {expected}")
-    return tv_tensors.Mask(torch.from_numpy(labels))
+    return torch.from_numpy(labels)
 
 
 def read_pair(file, table, classes):
@@ -119,11 +119,11 @@ def augment(image, labels, recipe):
     if recipe.jitter:  # before the resize: mostly fewer pixels, never more than were decoded
         image = distort(image)
     image = TF.resize(image, size, antialias=True)
-    labels = TF.resized_crop(labels, top, left, h, w, size)  # nearest, since it is a Mask
+    labels = TF.resized_crop(tv_tensors.Mask(labels), top, left, h, w, size)  # nearest, since it is a Mask
     if torch.rand(()) < 0.5:
         image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
     pad = [0, 0, recipe.crop - size[1], recipe.crop - size[0]]  # right and below
-    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)
+    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE).as_subclass(torch.Tensor)
 
 
 def distort(image):
@@ -141,7 +141,7 @@ def distort(image):
     colour = contrast * (grey + saturation * (math.cos(hue) * (torch.eye(3) - grey) + math.sin(hue) * turn))
     shift = torch.full((3, 1), contrast * brightness + 0.5)  # 0.5: the cast below rounds down
     flat = torch.addmm(shift, colour, image.reshape(3, -1).float())
-    return tv_tensors.Image(flat.clamp_(0, 255).to(torch.uint8).view(image.shape))
+    return flat.clamp_(0, 255).to(torch.uint8).view(image.shape)
 
 
 class TrainSet(Dataset):
@@ -158,8 +158,7 @@ class TrainSet(Dataset):
         _, image, labels = read_pair(self.files[i], self.table, self.classes)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed * 1_000_003 + position)  # torch.manual_seed asks all devices
-            image, labels = augment(image, labels, self.recipe)
-        return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+            return augment(image, labels, self.recipe)
 
 
 class Steps(Sampler):
@@ -199,7 +198,7 @@ class ValSet(Dataset):
 
     def __getitem__(self, i):
         name, image, labels = read_pair(self.files[i], self.table, self.classes)
-        return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor), name
+        return image, labels, name
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def load_run(checkpoint, device):
 
 def pick_device(name=None):
     """cpu, or this process's GPU."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name.split(":")[0] not in BLOCK:
+        raise models.ModelError(f"--device {name}: expected cpu or cuda")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if device.type == "cuda":

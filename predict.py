@@ -41,7 +41,7 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
                                       inference.pick_device(device))
     if not isinstance(image, torch.Tensor):
-        image = data.read_image(image, upright=True).as_subclass(torch.Tensor)
+        image = data.read_image(image, upright=True)
     short, (low, high) = min(image.shape[1:]), config["test"]["sides"]  # short sides that the body knows from training
     short = min(max(short, min(low, ENLARGED * short)), high)
     labels = inference.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
@@ -114,7 +114,7 @@ def main(args):
     skipped, stems = 0, set()
     for file in files:
         try:
-            image = data.read_image(file, upright=True).as_subclass(torch.Tensor)
+            image = data.read_image(file, upright=True)
         except data.DataError as error:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             skipped += 1

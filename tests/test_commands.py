@@ -172,6 +172,7 @@ def test_own_data_with_jpegs_of_different_sizes(root, tiny_clip_file, tmp_path):
     (train, ["--resume"], "no checkpoint"),
     (evaluate, ["--run", "nowhere"], "no checkpoint nowhere/last.pt"),
     (evaluate, ["--checkpoint", "README.md"], "README.md is no checkpoint"),
+    (evaluate, ["--device", "gpu"], "--device gpu: expected cpu or cuda"),
 ])
 def test_errors_are_one_line(module, args, message, root, tiny_clip_file, tmp_path):
     if module is train:
