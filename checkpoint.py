@@ -18,7 +18,7 @@ from archive import check_tensors, read_archive
 from losses import world_size
 from model import ModelError
 
-MAY_CHANGE = ("data_root", "lr", "clip", "precision")  # by --resume, with a remark; other settings would make another run of the rest
+MAY_CHANGE = ("data_root", "lr", "clip", "precision")  # by --resume, with a remark; others would make another run
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "gamma": float | None, "config": dict}
 SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str, "head": str,
             "stride": int | None, "frozen_blocks": int, "attention": str,

@@ -36,7 +36,8 @@ MODELS = {  # name: (sha256 of the file, file name)
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
 }
 CACHE = Path.home() / ".cache" / "clip"  # the folder OpenAI's own package uses
-MERGES = Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+HERE = Path(__file__).parent
+MERGES = HERE / "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
@@ -260,6 +261,8 @@ def load(name_or_path):
     (under "state_dict" or "model"). The architecture is read off the shapes; keys must match exactly.
     No code inside the file is ever run. Raises CLIPError."""
     path = _download(name_or_path) if str(name_or_path) in MODELS else Path(name_or_path)
+    if not path.is_file() and (HERE / path).is_file():  # toy/clip.pt, wherever the command is run
+        path = HERE / path
     if not path.is_file():
         raise CLIPError(f"no CLIP file {path}: give a file or one of {', '.join(MODELS)}")
     state = _read_state_dict(path)
@@ -283,6 +286,12 @@ def _download(name):
     if file_sha256(path) != sha256:
         raise CLIPError(f"{path} is not OpenAI's {name} (its sha256 differs): delete it, it is fetched again")
     return path
+
+
+def fingerprint(model):
+    """16 hex digits that tell one CLIP's weights from another's, in whatever file they lie: of its two projections."""
+    parts = [p.detach().cpu().numpy().tobytes() for p in (model.visual.proj, model.text_projection)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def file_sha256(path):

@@ -28,6 +28,8 @@ def read_image(path, upright=False):
     try:
         with Image.open(path, formats=FORMATS) as image:
             return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image))
+    except FileNotFoundError:
+        raise DataError(f"no image {path}") from None
     except Exception as error:  # Pillow raises all sorts on damaged files
         raise DataError(f"cannot read the image {path} ({error}): replace it or take it off the list") from None
 

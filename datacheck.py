@@ -78,7 +78,7 @@ def check_values(source, part, masks):
 def check_view(source, chosen, masks):
     """Reads the chosen training images: does the view show what it must hide? -> the sample of most classes, its labels
     as indexes into all classes."""
-    view, most = TrainSet(source, source.recipe), -1
+    view, most = TrainSet(source, source.recipe), (False, -1)
     names = torch.full((256,), IGNORE)
     names[:len(source.seen)] = torch.tensor(source.seen)
     for i, pixels in zip(chosen, masks):
@@ -89,8 +89,9 @@ def check_view(source, chosen, masks):
         if given - held:
             raise DataError(f"{source.train[i][2]}: the training view shows {min(given - held)!r}, which is unseen or "
                             "not in this mask: a fault of the program, please report it")
-        if len(given) > most:
-            most, sample = len(given), (image, labels)
+        worth = bool((labels == IGNORE).any()), len(given)  # the sample shows that something is hidden, if anything is
+        if worth > most:
+            most, sample = worth, (image, labels)
     return sample
 
 

@@ -190,7 +190,7 @@ def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else from_first_process(newest_run))
-    model, config, gamma = load_run(checkpoint, device)
+    model, config, gamma = load_run(checkpoint, device, args.clip)
     own = {} if args.dataset else config
     if own.get("data_root") and not args.data_root and not Path(own["data_root"]).is_dir():  # it is not drawn there
         raise data.DataError(f"the run's data set is no longer in {own['data_root']}: give --data-root")
@@ -213,6 +213,7 @@ def parse(argv=None):
     group = parser.add_argument_group("what is tested").add_argument
     group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
     group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
+    group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
     group("--dataset", metavar="NAME", help=f"{', '.join(data.NAMES)} or a folder (default: the run's own)")
     group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")

@@ -17,11 +17,16 @@ from sources import IGNORE
 BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
 
 
-def load_run(checkpoint, device):
-    """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError."""
+def load_run(checkpoint, device, clip_file=None):
+    """last.pt -> (model in eval mode without CLIP's image tower, config, γ or None). Raises ModelError, CLIPError.
+
+    clip_file: where the run's CLIP lies now, by default where it lay in training."""
     saved = from_first_process(lambda: read_checkpoint(checkpoint))
     config = saved["config"]
-    clip_model = clip.load(config["clip"])
+    clip_file = clip_file or config["clip"]
+    clip_model = clip.load(clip_file)
+    if clip.fingerprint(clip_model) != config["clip_hash"]:
+        raise models.ModelError(f"{clip_file} is not the CLIP that {checkpoint} was trained with: give --clip")
     model = models.build(clip_model, **{**config, "body_weights": "none"})
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])

@@ -73,7 +73,7 @@ def with_legend(canvas, entries, size):
     for i, (colour, text) in enumerate(entries):
         x, y = i // rows * column + size // 2, canvas.height + i % rows * line + size // 2
         if colour:
-            pen.rectangle((x, y + size // 6, x + size, y + size // 6 + size), fill=colour)
+            pen.rectangle((x, y + size // 6, x + size, y + size // 6 + size), fill=colour, outline="black")
         write(pen, (x + round(1.5 * size), y), text, size, fill="black")
     return sheet
 

@@ -29,7 +29,7 @@ ENLARGED = 8  # times, at most: a strip of a picture would else need any amount 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder
 
 
-def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None):
+def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None):
     """Path or uint8 tensor (3, H, W) -> uint8 labels (H, W), 255 where no class is, and the K class names.
 
     classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default
@@ -37,9 +37,10 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     other       also sets OTHER against the classes; what it wins is 255
     threshold   cosine of pixel and words below which a pixel is 255
     gamma       taken off the logits of classes that the run trained on
+    clip_file   where the run's CLIP lies now; by default where it lay in training
     Raises DataError, ModelError, CLIPError."""
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
-                                      inference.pick_device(device))
+                                      inference.pick_device(device), clip_file)
     if not isinstance(image, torch.Tensor):
         image = data.read_image(image, upright=True)
     short, (low, high) = min(image.shape[1:]), config["test"]["sides"]  # short sides that the body knows from training
@@ -69,9 +70,9 @@ def written(run):
 
 
 @lru_cache(1)
-def load(checkpoint, _, classes, other, device):
+def load(checkpoint, _, classes, other, device, clip_file):
     """-> model that tells the classes apart, their names, bool (K,) which the run trained on, the run's config."""
-    model, config, _ = inference.load_run(checkpoint, device)
+    model, config, _ = inference.load_run(checkpoint, device, clip_file)
     classes = list(classes or config["classes"])
     trained = {plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
                for word in name.split(",")}
@@ -119,7 +120,8 @@ def main(args):
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             skipped += 1
             continue
-        labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device)
+        labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device,
+                                args.clip)
         stem, n = file.stem, 1
         while stem in stems:  # a.jpg and a.png, or a.jpg of two folders
             stem, n = f"{file.stem}-{n + 1}", n + 1
@@ -148,6 +150,7 @@ def parse(argv=None):
           "these swallow new names (default: 0; evaluate.py prints the run's calibrated γ)")
     group = parser.add_argument_group("run").add_argument
     group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
+    group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")
     return parser.parse_args(argv)

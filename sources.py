@@ -64,7 +64,7 @@ class Recipe:
 
 
 TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
-             body="small", clip=str(HERE / "toy" / "clip.pt"), short_side=None, window=world.SIZE, stride=48)
+             body="small", clip="toy/clip.pt", short_side=None, window=world.SIZE, stride=48)
 FOLDER = Recipe(steps=20000, short_side=None)
 
 

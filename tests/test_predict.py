@@ -30,11 +30,13 @@ def run(tmp_path_factory, tiny_clip_file):
     out = tmp_path_factory.mktemp("predict") / "run"
     out.mkdir()
     config = {"clip": str(tiny_clip_file), "body": "small", "head": "csh", "dataset": "nowhere", "data_root": None,
-              "stride": None, "frozen_blocks": 1, "attention": "qk",
-              "temperature": None, "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1],
+              "stride": None, "frozen_blocks": 1, "attention": "qk", "temperature": None,
+              "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1],
               "templates": list(world.TEMPLATES), "test": {"sides": [48, 96], "window": 64, "stride": 48}}
     torch.manual_seed(0)
-    net = models.build(clip.load(tiny_clip_file), **config)
+    clip_model = clip.load(tiny_clip_file)
+    config["clip_hash"] = clip.fingerprint(clip_model)
+    net = models.build(clip_model, **config)
     checkpoint.save(out, net, torch.optim.AdamW(net.parameters()), 1, torch.empty(0, 128), 0.0, config)
     return out
 
@@ -104,6 +106,24 @@ def test_it_is_the_prediction_of_evaluate(run, photo):
     for gamma in (0.0, 0.5):
         want = inference.predict(net, image, torch.tensor([True, False, True]), (gamma,), None, 64, 48)[gamma]
         assert torch.equal(predict.segment(image, run=run, gamma=gamma, device="cpu")[0], want.byte())
+
+
+def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(run, tiny_clip_file, tmp_path):
+    out, elsewhere, other = tmp_path / "run", tmp_path / "moved.pt", tmp_path / "other.pt"
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["config"]["clip"] = str(tmp_path / "gone.pt")
+    out.mkdir()
+    torch.save(saved, out / "last.pt")
+    elsewhere.write_bytes(tiny_clip_file.read_bytes())
+    state = torch.load(tiny_clip_file, weights_only=True)
+    torch.save(state | {"text_projection": -state["text_projection"]}, other)
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    with pytest.raises(clip.CLIPError, match="no CLIP file .*gone.pt"):
+        predict.segment(image, run=out, device="cpu")
+    moved = predict.segment(image, run=out, device="cpu", clip_file=elsewhere)[0]
+    assert torch.equal(moved, predict.segment(image, run=run, device="cpu")[0])
+    with pytest.raises(models.ModelError, match="other.pt is not the CLIP that .* was trained with"):
+        predict.segment(image, run=out, device="cpu", clip_file=other)
 
 
 def test_synonyms_others_and_threshold(run, photo):
