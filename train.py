@@ -61,7 +61,7 @@ def main(args):
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
-    args.precision = args.precision or fast_precision(device)
+    args.precision = args.precision or checkpoint.from_first_process(lambda: fast_precision(device))
     for key, (low, high) in RANGES.items():
         if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
             raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
