@@ -70,7 +70,7 @@ KNOWN = {  # all that an archive may name beside its own modules; a storage is o
 class TorchScript(pickle.Unpickler):
     def __init__(self, archive, root):
         super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module, name):
         if module.startswith("__torch__"):
@@ -81,9 +81,10 @@ class TorchScript(pickle.Unpickler):
 
     def persistent_load(self, saved_id):
         _, dtype, key, _, _ = saved_id
-        data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-        storage = torch.frombuffer(data, dtype=dtype).untyped_storage()
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        if key not in self.storages:  # read once, however often it is named
+            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+        return torch.storage.TypedStorage(wrap_storage=self.storages[key], dtype=dtype, _internal=True)
 
 
 def tensors(module, prefix=""):

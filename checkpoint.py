@@ -21,23 +21,28 @@ from model import ModelError
 MAY_CHANGE = ("data_root", "lr", "clip", "precision")  # by --resume, with a remark; others would make another run
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "gamma": float | None, "config": dict}
 SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str, "head": str,
-            "stride": int | None, "frozen_blocks": int, "attention": str,
+            "stride": int | None, "frozen_blocks": int, "attention": str, "crop": int,
             "temperature": float | None, "classes": list, "unseen": list, "templates": list, "test": dict}
 
 
 def atomic(path, write):
     """Calls write(temporary path beside `path`), syncs, renames: readers see the old file or the whole new one.
 
-    Where writing fails, as on a full disk, the temporary file is taken away again."""
+    Where writing fails, as on a full disk, the temporary file is taken away again; after a kill, by `clear`."""
     path = Path(path)
-    partial = path.with_name(f".partial.{path.name}")
-    partial.unlink(missing_ok=True)  # of a process that was killed
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")  # of this process: others may write here too
     try:
         write(partial)
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def clear(out):
+    """Takes away what processes that were killed in the middle of `atomic` left in the run folder."""
+    for partial in out.glob(".partial.*"):
         partial.unlink(missing_ok=True)
 
 
@@ -99,6 +104,12 @@ def _read(path):
             if not isinstance(saved["config"].get(key), kind):
                 raise TypeError(f"its setting {key} is {str(saved['config'].get(key))[:40]!r}")
         json.dumps(saved["config"])  # plain values, and lists and dicts of them
+        for key in ("classes", "templates"):
+            if not saved["config"][key] or not all(isinstance(text, str) for text in saved["config"][key]):
+                raise TypeError(f"its setting {key} is no list of texts")
+        test = saved["config"]["test"]
+        if not all(isinstance(n, int) and n > 0 for n in (*test["sides"], test["window"], test["stride"])):
+            raise TypeError(f"its setting test is {str(test)[:60]}")
         check_tensors({**saved["model"], "bank": saved["bank"]}, path)
     except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
         with open(path, "rb") as file:

@@ -289,9 +289,11 @@ def _download(name):
 
 
 def fingerprint(model):
-    """16 hex digits that tell one CLIP's weights from another's, in whatever file they lie: of its two projections."""
-    parts = [p.detach().cpu().numpy().tobytes() for p in (model.visual.proj, model.text_projection)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    """16 hex digits that tell one CLIP's weights from another's, in whatever file they lie; of every parameter."""
+    content = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        content.update(name.encode() + p.detach().cpu().numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def file_sha256(path):

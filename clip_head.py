@@ -21,11 +21,11 @@ TOKEN_GAIN = 6.0
 class Adapter(nn.Module):
     """1×1 convolution C -> W and LayerNorm over W: body features become tokens. Trained."""
 
-    def __init__(self, in_channels, width, gain=TOKEN_GAIN):
+    def __init__(self, in_channels, width):
         super().__init__()
         self.project = nn.Linear(in_channels, width)
         self.norm = nn.LayerNorm(width)
-        nn.init.constant_(self.norm.weight, gain)
+        nn.init.constant_(self.norm.weight, TOKEN_GAIN)
 
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
@@ -42,13 +42,13 @@ class CSH(nn.Module):
     No CLS token runs in the head: the one in CLIP carries an image summary that a dense head does not have (OURS).
     """
 
-    def __init__(self, visual, in_channels, frozen_blocks=1, attention="qk", positional=False, gain=TOKEN_GAIN):
+    def __init__(self, visual, in_channels, frozen_blocks=1, attention="qk", positional=False):
         super().__init__()
         depth = len(visual.transformer.resblocks)
         if not 0 <= frozen_blocks <= depth:
             raise CLIPError(f"{frozen_blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
-        self.attention, self.positional = attention, positional
-        self.adapter = Adapter(in_channels, visual.width, gain)
+        self.attention = attention
+        self.adapter = Adapter(in_channels, visual.width)
         self.clip = Tail(visual, frozen_blocks, positional).requires_grad_(False)
 
     def train(self, mode=True):
@@ -85,9 +85,9 @@ class Tail(nn.Module):
 class LinearHead(nn.Module):
     """Control without CLIP: the same adapter, then a trained W -> D."""
 
-    def __init__(self, in_channels, width, output_dim, gain=TOKEN_GAIN):
+    def __init__(self, in_channels, width, output_dim):
         super().__init__()
-        self.adapter = Adapter(in_channels, width, gain)
+        self.adapter = Adapter(in_channels, width)
         self.proj = nn.Linear(width, output_dim, bias=False)
 
     def forward(self, x):

@@ -22,7 +22,7 @@ import data
 import guard
 import pictures
 from checkpoint import atomic, from_first_process, newest_run
-from inference import load_run, pick_device, predict
+from inference import load_run, open_dataset, pick_device, predict, side_at_test
 from losses import world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
@@ -62,7 +62,8 @@ def label(model, image, source, device, gammas=(0.0,)):
     """`predict` by the source's recipe: uint8 image (3, H, W) -> {γ: labels (H, W)}."""
     seen = torch.tensor([k not in source.unseen for k in range(len(source.classes))], device=device)
     recipe = source.recipe
-    return predict(model, image.to(device), seen, gammas, recipe.short_side, recipe.window, recipe.stride)
+    side = side_at_test(image, recipe.sides)
+    return predict(model, image.to(device), seen, gammas, side, recipe.window, recipe.stride)
 
 
 @torch.inference_mode()
@@ -79,7 +80,7 @@ def calibrate(model, source, device, images=100, loss=0.01):
     model.eval()
     step = max(len(source.train) // images, 1)
     for image, labels, _ in data.ValSet(dataclasses.replace(source, val=source.train[::step][:images])):
-        short = source.recipe.short_side or min(*image.shape[1:], source.recipe.window)
+        short = side_at_test(image, source.recipe.sides)
         image = TF.resize(image, [round(side * short / min(image.shape[1:])) for side in image.shape[1:]])
         logits = model.logits(image[None].to(device).float() / 255)[0]  # (K, h, w)
         truth = F.interpolate(labels[None, None].float(), logits.shape[1:], mode="nearest-exact")[0, 0]
@@ -167,9 +168,8 @@ def preview(model, source, device, path, images=6):
 
 
 def curves(out):
-    """Draws a run's log.jsonl, if there is one, as curves.png."""
-    if (log := out / "log.jsonl").exists():
-        atomic(out / "curves.png", lambda partial: pictures.curves(log).save(partial, "PNG"))
+    """Draws a run's log.jsonl as curves.png."""
+    atomic(out / "curves.png", lambda partial: pictures.curves(out / "log.jsonl").save(partial, "PNG"))
 
 
 # ---------------------------------------------------------------- command
@@ -180,7 +180,6 @@ def report(result, model, source, device, out):
     out.mkdir(parents=True, exist_ok=True)
     atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     preview(model, source, device, out / "preview.png")
-    curves(out)
     print(table(result, source))
     print(f"wrote {out}/metrics.json and preview.png", flush=True)
 
@@ -191,10 +190,7 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else from_first_process(newest_run))
     model, config, gamma = load_run(checkpoint, device, args.clip)
-    own = {} if args.dataset else config
-    if own.get("data_root") and not args.data_root and not Path(own["data_root"]).is_dir():  # it is not drawn there
-        raise data.DataError(f"the run's data set is no longer in {own['data_root']}: give --data-root")
-    source = data.open_dataset(args.dataset or config["dataset"], args.data_root or own.get("data_root"))
+    source = open_dataset(config, args.dataset, args.data_root)
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma

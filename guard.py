@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ import sources
 from losses import world_size
 
 ERRORS = (clip.CLIPError, sources.DataError, models.ModelError)
+TIMEOUT = timedelta(hours=1)  # of processes that wait for another: --strict reads every mask
 SIGNALS = []  # those that Signals took note of
 
 
@@ -68,7 +70,8 @@ class Signals:
                 signal.signal(number, signal.default_int_handler)
 
         SIGNALS.clear()
-        self.group = dist.new_group(backend="gloo") if world_size() > 1 and device.type == "cuda" else None
+        apart = world_size() > 1 and device.type == "cuda"
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if apart else None
         self.former = {number: signal.signal(number, note) for number in self.KINDS}
 
     def restore(self):
@@ -104,12 +107,12 @@ class Finite:
             dist.all_reduce(now)
         now = torch.cat([now / world_size(), norm.float()[None], torch.full((1,), step, device=now.device)])
         self.numbers = torch.where(self.optimizer.found_inf > 0, self.numbers, now)
-        self.optimizer.found_inf = (~self.numbers.sum().isfinite()).float()
+        self.optimizer.found_inf = (~self.numbers.isfinite().all()).float()
 
     def look(self):
         """-> loss, L_seg, L_sgd, L_sam, means over ranks. Raises NotFinite of the first bad step."""
         *parts, norm, step = self.numbers.tolist()
-        if not math.isfinite(sum(parts) + norm):
+        if not all(map(math.isfinite, (*parts, norm))):
             raise NotFinite(int(step), *parts, norm)
         return parts
 

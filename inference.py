@@ -3,17 +3,21 @@
 Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
 Symbols: K classes, H×W pixels, h×w the dense grid.
 """
+import dataclasses
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import clip
 import model as models
+import sources
 from checkpoint import from_first_process, read_checkpoint
 from losses import linear_weights
 from sources import IGNORE
 
+ENLARGED = 8  # times, at most: a strip of a picture would else need any amount of memory
 BLOCK = {"cpu": 64, "cuda": 512}  # pixels a side that are labelled at a time: in a cache, or in few launches
 
 
@@ -31,6 +35,16 @@ def load_run(checkpoint, device, clip_file=None):
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])
     return model.to(device).eval(), config, saved["gamma"]
+
+
+def open_dataset(config, name=None, root=None):
+    """The run's own data set, or another, labelled at the sizes that the run was trained at. Raises DataError."""
+    own = None if name else config["data_root"]
+    if own and not root and not Path(own).is_dir():  # the toy world is not drawn wherever a checkpoint says
+        raise sources.DataError(f"the run's data set is no longer in {own}: give --data-root")
+    source = sources.open_dataset(name or config["dataset"], root or own)
+    source.recipe = dataclasses.replace(source.recipe, crop=config["crop"])
+    return source
 
 
 def pick_device(name=None):
@@ -68,13 +82,20 @@ def axis_weights(size, window, stride, cells, out):
     return weights if out == size else linear_weights(size, out) @ weights
 
 
+def side_at_test(image, sides):
+    """Picture (3, H, W) -> the short side at which it is labelled: nearest its own between `sides`, the least and the
+    largest that training has shown."""
+    short, (low, high) = min(image.shape[1:]), sides
+    return min(max(short, min(low, ENLARGED * short)), high)
+
+
 @torch.inference_mode()
 def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stride=426, out_size=None,
             floor=-torch.inf):
     """uint8 image (3, H, W) -> {γ: int64 label map (H, W)}, argmax over all classes of logit − γ·[class is seen].
 
     seen    bool (K,), the classes that γ lowers (γ in logits)
-    floor   where the largest is lower, the label is IGNORE
+    floor   where the winner's logit, γ not taken off, is lower, the label is IGNORE
     Windows' logits are averaged where they overlap; bilinear to `out_size`, the image's own size by default.
 
     All that is linear, and along each axis apart, so a score is a mean of grid logits with weights ≥ 0. In a block of
@@ -82,7 +103,7 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
     one's least wins nowhere in it and is left out there. No approximation, and no (K, H, W) in memory."""
     H, W = out_size or image.shape[1:]
     image = image.float()[None] / 255
-    if short_side:
+    if short_side and short_side != min(image.shape[2:]):
         factor = short_side / min(image.shape[2:])
         size = [round(side * factor) for side in image.shape[2:]]
         image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
@@ -110,6 +131,7 @@ def predict(model, image, seen, gammas=(0.0,), short_side=None, window=512, stri
             tall = r @ part[k]  # (K', y, j)
             scores = c @ tall.permute(1, 2, 0)  # (y, x, K')
             for gamma, label in labels.items():
-                score, winner = (scores - gamma * seen[k]).max(2)
-                label[y:y + side, x:x + side] = k[winner].masked_fill(score < floor, IGNORE)
+                winner = (scores - gamma * seen[k]).argmax(2, keepdim=True)  # (y, x, 1)
+                below = scores.gather(2, winner) < floor
+                label[y:y + side, x:x + side] = k[winner].masked_fill(below, IGNORE)[..., 0]
     return labels

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,15 +31,18 @@ def text_embeddings(clip_model, names, templates):
 
     Synonyms in a name are separated by commas; they are averaged like templates (FIELD). Kept in clip.CACHE under the
     hash of all that they are made of: 171 classes in 15 templates take ViT-B/16's text tower half a minute on a CPU."""
-    texts = [[template.format(word.strip()) for word in name.split(",") for template in templates] for name in names]
-    content = hashlib.sha256(repr(texts).encode())
+    words = [[word.strip() for word in name.split(",")] for name in names]
+    texts = [[template.replace("{}", word) for word in synonyms for template in templates] for synonyms in words]
+    content = hashlib.sha256(repr(texts).encode() + Path(clip.__file__).read_bytes())
     for name, p in clip_model.named_parameters():
         if not name.startswith("visual."):
             content.update(p.cpu().numpy().tobytes())
     path = clip.CACHE / f"text-{content.hexdigest()[:32]}.pt"
     try:
-        return torch.load(path, weights_only=True)
-    except Exception:  # not there yet, or damaged
+        t = torch.load(path, weights_only=True)
+        assert t.shape == (len(names), clip_model.text_projection.shape[1])
+        return t
+    except Exception:  # not there yet, damaged, or something else
         tokens = [clip.tokenize(rows, clip_model.context_length) for rows in texts]
         t = [F.normalize(clip_model.encode_text(rows).float(), dim=-1).mean(0) for rows in tokens]
         t = F.normalize(torch.stack(t), dim=-1).cpu()

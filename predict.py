@@ -25,7 +25,6 @@ from checkpoint import atomic, newest_run, read_checkpoint
 from sources import plain
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
-ENLARGED = 8  # times, at most: a strip of a picture would else need any amount of memory
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder
 
 
@@ -43,8 +42,7 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
                                       inference.pick_device(device), clip_file)
     if not isinstance(image, torch.Tensor):
         image = data.read_image(image, upright=True)
-    short, (low, high) = min(image.shape[1:]), config["test"]["sides"]  # short sides that the body knows from training
-    short = min(max(short, min(low, ENLARGED * short)), high)
+    short = inference.side_at_test(image, config["test"]["sides"])
     labels = inference.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
                                config["test"]["stride"], floor=threshold / model.tau)[gamma]
     return labels.masked_fill(labels >= len(names), data.IGNORE).byte().cpu(), names
@@ -110,7 +108,7 @@ def main(args):
     files = find(args.pictures)
     if not files:
         config = read_checkpoint(checkpoint)["config"]
-        files = [Path(data.open_dataset(config["dataset"], config["data_root"]).val[0][1])]
+        files = [Path(inference.open_dataset(config).val[0][1])]
         print(f"no picture named: a test picture of {config['dataset']}")
     skipped, stems = 0, set()
     for file in files:

@@ -62,6 +62,11 @@ class Recipe:
     window: int = 512  # test windows, pixels a side
     stride: int = 426
 
+    @property
+    def sides(self):
+        """Short sides, least and largest, at which test images are labelled: those that training shows."""
+        return [self.short_side] * 2 if self.short_side else [round(self.crop * factor) for factor in self.scale]
+
 
 TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
              body="small", clip="toy/clip.pt", short_side=None, window=world.SIZE, stride=48)

@@ -50,7 +50,7 @@ def main(args):
     device = evaluate.pick_device(args.device)
     if ranks > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # --strict reads every mask while others wait
+        dist.init_process_group(backend, timeout=guard.TIMEOUT)
     first_rank = rank == 0
     say = print if first_rank else lambda *_, **__: None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may round differently each time
@@ -66,7 +66,7 @@ def main(args):
         if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
             raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
     torch.manual_seed(args.seed)
-    recipe = dataclasses.replace(source.recipe, crop=args.crop)
+    recipe = source.recipe = dataclasses.replace(source.recipe, crop=args.crop)
     warmup = recipe.warmup * args.steps / recipe.steps  # another number of steps, the same shape of the schedule
     mode = ("inductive: pixels of unseen classes are hidden from every loss, their images kept" if source.unseen else
             "closed: no class is unseen")
@@ -78,13 +78,13 @@ def main(args):
         raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
-    sides = [recipe.short_side] * 2 if recipe.short_side else [round(recipe.crop * factor) for factor in recipe.scale]
     config |= {"classes": source.classes, "unseen": sorted(source.unseen), "templates": list(source.templates),
-               "test": {"sides": sides, "window": recipe.window, "stride": recipe.stride}}  # all that predict.py needs
+               "test": {"sides": recipe.sides, "window": recipe.window, "stride": recipe.stride}}  # predict.py needs it
     remarks = []
-    out = args.out_dir or Path("runs") / Path(args.dataset).name
+    out = args.out_dir or Path("runs") / Path(args.dataset).resolve().name
     if first_rank:
         out.mkdir(parents=True, exist_ok=True)
+        checkpoint.clear(out)
         checkpoint.atomic(out / "data.png", lambda partial: remarks.extend(datacheck.check(source, partial)))
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
@@ -139,14 +139,18 @@ def main(args):
         if first_rank:
             checkpoint.save(out, model, optimizer, step, bank, gamma, config)
 
-    def rescue(step):
-        """Saves the state before a step that is not finite -> what the user may do now."""
+    def rescue(bad, now):
+        """Step `bad` was not finite, which is seen at step `now`: saves weights, optimiser and bank from before `bad`.
+
+        -> what the user may do"""
+        nonlocal bank
+        bank = bank[(now - bad) * args.batch_size:]  # newest first
         try:
-            save(step)
+            save(bad)
             saved = f"the state before it is in {out}/last.pt"
         except models.ModelError as error:  # batch norm's statistics are not finite either, or the disk is full
             saved = str(error)
-        batch = next(iter(data.Steps(len(source.train), args.batch_size, step, args.steps, args.seed)))
+        batch = next(iter(data.Steps(len(source.train), args.batch_size, bad, args.steps, args.seed)))
         return (f"{saved}. Look at its images, or go on with --resume and a lower --lr: "
                 + ", ".join(source.train[i][1].name for _, i in batch))
 
@@ -187,7 +191,7 @@ def main(args):
             try:
                 total, seg, sgd, sam = finite.look()
             except guard.NotFinite as error:
-                raise models.ModelError(f"{error}; {rescue(error.step)}") from None
+                raise models.ModelError(f"{error}; {rescue(error.step, step)}") from None
         if args.sgd_weight:
             bank = losses.push(bank, c, losses.BANK)
         if logging:
@@ -226,6 +230,7 @@ def main(args):
             scores = {key: result["gamma_0"][key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")}
             log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")
             evaluate.report(result, model, source, device, out)
+            evaluate.curves(out)
             print(f"trained and tested in {time.time() - start:.0f} s; next: python predict.py PICTURE --run {out}")
     return result
 

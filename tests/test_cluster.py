@@ -119,7 +119,7 @@ def test_killed_at_random_moments(script, base, whole, tmp_path, monkeypatch):
         time.sleep(rng.uniform(0, whole[1]))
         process.kill()
         process.communicate()
-        during += (out / ".partial.last.pt").exists()
+        during += any(out.glob(".partial.*.last.pt"))
         again = ["--resume"] if (out / "last.pt").exists() else []
         if again:
             checkpoint.read_checkpoint(out / "last.pt")

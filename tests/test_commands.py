@@ -126,7 +126,7 @@ def test_two_processes_train_like_one(run, root, tiny_clip_file):
     assert all(torch.allclose(two[key], value, atol=2e-3) for key, value in one.items())
 
 
-def test_bf16_is_near_fp32_and_either_resumes_the_other(run, root, tiny_clip_file):
+def test_bf16_is_near_fp32(run, root, tiny_clip_file):
     args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--precision", "bf16"]
     done = command("train.py", *args, "--out-dir", root / "bf16")
     assert "bf16, into" in done.stdout and "fp32, into" in run[1]
@@ -134,8 +134,6 @@ def test_bf16_is_near_fp32_and_either_resumes_the_other(run, root, tiny_clip_fil
     assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and half["loss"] != full["loss"]
     state = torch.load(root / "bf16/last.pt", weights_only=True)
     assert all(value.dtype == torch.float32 for value in state["model"].values())
-    again = command("train.py", *args, "--precision", "fp32", "--out-dir", root / "bf16", "--resume")
-    assert "allowed: precision was bf16, is fp32" in again.stdout
 
 
 @pytest.mark.parametrize("args", [["--head", "linear"], ["--head", "random", "--frozen-blocks", "2"],

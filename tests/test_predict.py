@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_inside
 from PIL import Image
 
 import checkpoint
@@ -18,6 +19,7 @@ import inference
 import model as models
 import pictures
 import predict
+import sources
 from toy import world
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +34,7 @@ def run(tmp_path_factory, tiny_clip_file):
     config = {"clip": str(tiny_clip_file), "body": "small", "head": "csh", "dataset": "nowhere", "data_root": None,
               "stride": None, "frozen_blocks": 1, "attention": "qk", "temperature": None,
               "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1],
-              "templates": list(world.TEMPLATES), "test": {"sides": [48, 96], "window": 64, "stride": 48}}
+              "templates": list(world.TEMPLATES), "crop": 64, "test": {"sides": [48, 96], "window": 64, "stride": 48}}
     torch.manual_seed(0)
     clip_model = clip.load(tiny_clip_file)
     config["clip_hash"] = clip.fingerprint(clip_model)
@@ -116,7 +118,8 @@ def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(r
     torch.save(saved, out / "last.pt")
     elsewhere.write_bytes(tiny_clip_file.read_bytes())
     state = torch.load(tiny_clip_file, weights_only=True)
-    torch.save(state | {"text_projection": -state["text_projection"]}, other)
+    block = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    torch.save(state | {block: -state[block]}, other)
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     with pytest.raises(clip.CLIPError, match="no CLIP file .*gone.pt"):
         predict.segment(image, run=out, device="cpu")
@@ -124,6 +127,36 @@ def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(r
     assert torch.equal(moved, predict.segment(image, run=run, device="cpu")[0])
     with pytest.raises(models.ModelError, match="other.pt is not the CLIP that .* was trained with"):
         predict.segment(image, run=out, device="cpu", clip_file=other)
+
+
+def test_large_pictures_are_tested_at_the_size_that_evaluate_tests_them_at(run):
+    torch.manual_seed(1)
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 6), (225, 150), mode="bicubic")[0].clamp(0, 1)
+    image = (255 * image).byte()
+    net, config, _ = inference.load_run(run / "last.pt", torch.device("cpu"))
+    net.set_classes(config["classes"], config["templates"])
+    recipe = sources.Recipe(1, crop=64, scale=(0.75, 1.5), short_side=None, window=64, stride=48)
+    source = sources.DataSource("own", config["classes"], {1}, {}, [], [], (), recipe)
+    ours = predict.segment(image, run=run, device="cpu")[0]
+    assert torch.equal(ours, evaluate.label(net, image, source, torch.device("cpu"))[0.0].byte())
+    native = inference.predict(net, image, torch.tensor([True, False, True]), (0.0,), None, 64, 48)[0.0].byte()
+    assert not torch.equal(ours, native)
+
+
+def test_gamma_does_not_touch_the_threshold(run, photo):
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    both = [predict.segment(image, "red ring, dark sand", run=run, device="cpu", gamma=gamma, threshold=-0.99)[0]
+            for gamma in (0.0, 500.0)]  # the run trained on both names
+    assert torch.equal(*both) and (both[0] != 255).all()
+
+
+def test_a_checkpoint_does_not_say_where_a_world_is_drawn(run, tmp_path):
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["config"] |= {"dataset": "toy", "data_root": str(tmp_path / "anywhere")}
+    torch.save(saved, tmp_path / "last.pt")
+    for module, flag in ((predict, "--run"), (evaluate, "--checkpoint")):
+        status, _, words = run_inside(module, flag, tmp_path / "last.pt", "--device", "cpu")
+        assert status == 1 and "no longer in" in words and not (tmp_path / "anywhere").exists()
 
 
 def test_synonyms_others_and_threshold(run, photo):

@@ -96,7 +96,9 @@ def test_atomic_leaves_the_old_file_or_the_new_one(tmp_path):
         with pytest.raises(OSError):
             checkpoint.atomic(path, fail)
         assert [p.read_text() for p in tmp_path.iterdir()] == [content] * bool(content)  # and nothing beside it
-    (tmp_path / ".partial.a.txt").write_text("of a process that was killed")
+    (tmp_path / ".partial.1.a.txt").write_text("of a process that was killed")
+    checkpoint.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     checkpoint.atomic(path, lambda partial: os.link(path, partial))
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and path.read_text() == "old"
 
@@ -173,7 +175,8 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path):
 @pytest.mark.parametrize("key, value", [
     ("clip", 3), ("body", ["small"]), ("body", "../x"), ("frozen_blocks", "1"), ("attention", "x"),
     ("temperature", "1"), ("head", None), ("data_root", "../elsewhere"), ("clip_model", "x"), ("attention", 1),
-    ("dataset", "../nowhere")])
+    ("templates", [3]), ("templates", []), ("classes", [1, 2]), ("test", {}),
+    ("test", {"sides": [32, 64], "window": 0, "stride": 4}), ("dataset", "../nowhere")])
 def test_a_checkpoint_with_foreign_settings_writes_nothing(run, tmp_path, monkeypatch, key, value):
     saved = load(run / "last.pt")
     saved["config"][key] = value
@@ -244,8 +247,13 @@ def test_resume_says_which_settings_may_change(run, flags, own, tmp_path):
     assert "its optimiser, step or bank" in run_inside(train, *base)[2]
 
 
-def test_stopped_and_resumed_equals_uninterrupted(run, flags, tmp_path, monkeypatch):
-    """A signal in the middle of the second step; then --resume: the same tensors, optimiser and bank."""
+@pytest.mark.parametrize("before, after", [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16")])
+def test_stopped_and_resumed_equals_uninterrupted(before, after, flags, tmp_path, monkeypatch):
+    """A signal in the middle of the second step; then --resume: the same tensors, optimiser and bank.
+
+    In another precision it goes on too, and says so."""
+    first, second = [[*flags, "--precision", precision, "--steps", 4] for precision in (before, after)]
+    assert run_inside(train, *first, "--out-dir", tmp_path / "whole")[0] == 0
     sgd_loss, calls = losses.sgd_loss, []
 
     def interrupt(*args):
@@ -257,12 +265,14 @@ def test_stopped_and_resumed_equals_uninterrupted(run, flags, tmp_path, monkeypa
 
     monkeypatch.setattr(losses, "sgd_loss", interrupt)
     out, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)
-    status, text, _ = run_inside(train, *flags, "--steps", 4, "--out-dir", out)
+    status, text, _ = run_inside(train, *first, "--out-dir", out)
     assert status == 0 and "stopped after step 1" in text and "--resume goes on" in text
     assert load(out / "last.pt")["step"] == 2 and signal.getsignal(signal.SIGTERM) == handler
-    status, text, words = run_inside(train, *flags, "--steps", 4, "--out-dir", out, "--resume")
+    status, text, words = run_inside(train, *second, "--out-dir", out, "--resume")
     assert status == 0, words
-    assert same(load(out / "last.pt"), load(run / "last.pt"))
+    ours, whole = load(out / "last.pt"), load(tmp_path / "whole/last.pt")
+    assert ours["step"] == 4 and same(ours, whole) == (before == after)
+    assert ("resume  allowed: precision was" in text) == (before != after)
 
 
 # ---------------------------------------------------------------- numbers
@@ -284,6 +294,29 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_files(run, flags, tmp
     saved = load(tmp_path / "last.pt")
     assert saved["step"] == 2 and same(saved["optimizer"]["state"][0]["step"], torch.tensor(2.0))
     monkeypatch.setattr(losses, "sam_loss", sam_loss)  # the state before the step is good: from it the run goes on
+    assert run_inside(train, *flags, "--steps", 4, "--out-dir", tmp_path, "--resume")[0] == 0
+    assert same(load(tmp_path / "last.pt")["model"], load(run / "last.pt")["model"])
+
+
+def test_what_is_seen_late_leaves_nothing_of_the_bad_steps(run, flags, tmp_path, monkeypatch):
+    """As on a GPU, where nobody looks at each step: bad from step 1 on, seen at step 3, saved as of step 1."""
+    sam_loss, look, calls, looks = losses.sam_loss, guard.Finite.look, [], []
+
+    def poison(*args):
+        calls.append(1)
+        return sam_loss(*args) * (torch.nan if len(calls) == 2 else 1)
+
+    def late(self):
+        looks.append(1)
+        return look(self) if len(looks) == 4 else [0.0] * 4
+
+    monkeypatch.setattr(losses, "sam_loss", poison)
+    monkeypatch.setattr(guard.Finite, "look", late)
+    status, _, words = run_inside(train, *flags, "--steps", 4, "--out-dir", tmp_path)
+    assert status == 1 and words.startswith("error: step 1 is not finite")
+    saved = load(tmp_path / "last.pt")
+    assert saved["step"] == 1 and len(saved["bank"]) == 6
+    monkeypatch.undo()
     assert run_inside(train, *flags, "--steps", 4, "--out-dir", tmp_path, "--resume")[0] == 0
     assert same(load(tmp_path / "last.pt")["model"], load(run / "last.pt")["model"])
 
