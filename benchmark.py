@@ -271,8 +271,7 @@ def train_step(seen, net, teacher, images, labels, amp, optimizer):
         loss = losses.cross_entropy_loss(z, net.t, labels) + losses.sgd_loss(z, c, k)
         loss = loss + losses.sam_loss(z, net.t, labels)
     else:
-        logits = F.interpolate(losses.pixel_text_logits(z, net.t), labels.shape[1:], mode="bilinear")
-        loss = F.cross_entropy(logits, labels.long(), ignore_index=losses.IGNORE)
+        loss = losses.cross_entropy_loss(z, net.t, labels)
     mark()
     optimizer.zero_grad()
     loss.backward()

@@ -105,17 +105,26 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
         look = dict.fromkeys(("step", "k", "unseen_things", "all_unseen_things", "seen_things", "unseen_grounds",
                               "seen_grounds", "cosine_seen", "cosine_unseen", "unseen_as_seen"), 1)
         return {"row": row, "world": world, "seed": seed, "command": f"python train.py --seed {seed}", "commit": "abc",
+                "precision": "bf16",
                 "gamma_0": score, "calibrated": score, "probe": [look]}
 
-    study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("linear-seg", 0, 31, 40),
-                  line("linear-seg", 1, 31, 40), line("all-k", 0, 49, 58), line("linear", 0, 40, 63),
+    study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("full", 2, 20, 30), line("full", 3, 20, 40),
+                  line("linear-seg", 0, 29, 40), line("linear-seg", 1, 31, 40), line("all-k", 0, 49, 58),
+                  line("all-k", 1, 50, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
+                  line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
                   line("full", 0, 10, 20, world=1)])
     text = (tmp_path / "toy.md").read_text()
-    assert "| full | the default: CSH, n = 1, SGD and SAM | 2 | 70.0 ± 0.0 | 52.0 ± 2.8 | 62.0 ± 2.8 |" in text
-    assert re.search(r"full − linear-seg \| ≥ 20 \| \+21.0 \| holds", text)
-    assert re.search(r"full − all-k \| ≥ 5 \| \+3.0 \| \*\*does not hold", text)
-    assert re.search(r"full − linear \| > 0 \| -1.0 \| \*\*does not hold", text)
-    assert "linear > full > all-k > linear-seg" in text and "## World 1" in text
+    assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 |" in text
+    assert re.search(r"full − linear-seg \| > 20 \| \+22.0 ± 1.4 \| 2 \| holds", text)  # 21 and 23: the same seeds
+    assert re.search(r"full − all-k \| > 5 \| \+2.5 ± 2.1 \| 2 \| \*\*does not hold", text)  # 1 and 4
+    assert re.search(r"full − linear \| > 0 \| -3.0 ± 0.0 \| 2 \| \*\*does not hold", text)
+    assert re.search(r"full − random \| > 0 \| \+7.0 ± 24.0 \| 2 \| undecided", text)  # -10 and 24
+    assert re.search(r"full − random-k \| > 0 \| \+10.0 \| 1 \| undecided", text)
+    assert "> random > linear > " in text.split("## World 1")[0] and "## World 1" in text
+    for bad in ([line("full", 0, 1, 1)] * 2, [line("full", 0, 1, 1) | {"precision": "fp32"}]):
+        (tmp_path / "toy.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))
+        with pytest.raises(SystemExit, match="a run twice, or one in another precision"):
+            study.finished()
     assert Image.open(tmp_path / "toy.png").width > 600
 
 
@@ -125,14 +134,14 @@ def test_variants_change_what_they_say(tiny_clip, monkeypatch):
     z = F.normalize(torch.randn(3, 8, 4, 4), dim=1)
     c = F.normalize(torch.randn(3, 8), dim=1)
     own = losses.global_prototype(z, c, 5)
-    study.VARIANTS["random-k"]()
+    study.VARIANTS["random-k"](None)
     assert not torch.allclose(losses.global_prototype(z, c, 5), own)
     assert torch.allclose(losses.global_prototype(z, c, 16), F.normalize(z.flatten(2).mean(2), dim=1), atol=1e-6)
-    study.VARIANTS["per-feature"]()
+    study.VARIANTS["per-feature"](None)
     by_hand = [1 - sum(sorted((z[b, :, y, x] @ c[b]).item() for y in range(4) for x in range(4))[-5:]) / 5
                for b in range(3)]
     assert losses.sgd_loss(z, c, 5).item() == pytest.approx(sum(by_hand) / 3, abs=1e-5)
-    study.VARIANTS["unfrozen"]()
+    study.VARIANTS["unfrozen"](None)
     assert all(p.requires_grad for p in models.build(tiny_clip).parameters())
-    study.VARIANTS["gain-1"]()
+    study.VARIANTS["gain-1"](None)
     assert models.build(tiny_clip).head.adapter.norm.weight.unique().tolist() == [1]

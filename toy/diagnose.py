@@ -1,6 +1,6 @@
-"""Why a row of the study ends where it does: what SGD selects, where dense features point, what attention mixes.
+"""Why a row of the study ends where it does: what SGD selects, where dense features point, which are alike.
 
-    python -m toy.diagnose     # results/attention.png from the runs that python -m toy.study left under runs/study
+    python -m toy.diagnose     # results/similarity.png from the runs that python -m toy.study left under runs/study
 
 `Probe` looks at a run while it trains; nothing that it does reaches the training.
 """
@@ -101,7 +101,7 @@ class Probe:
 
 
 @torch.inference_mode()
-def attention_maps(runs, source, images=5):
+def similarity_maps(runs, source, images=5):
     """{title: run folder} -> a sheet: a test image with a mark on an unseen thing, then z_i · z_mark under each run."""
     view, rows = data.ValSet(source), []
     loaded = [evaluate.load_run(folder / "last.pt", torch.device("cpu"))[0] for folder in runs.values()]
@@ -128,7 +128,7 @@ def attention_maps(runs, source, images=5):
 
 def main(args):
     folders = {kind: args.runs / f"{row}-world0-seed0" for kind, row in MAPS.items()}
-    sheet = attention_maps(folders, data.open_dataset("toy"))
+    sheet = similarity_maps(folders, data.open_dataset("toy"))
     evaluate.atomic(args.out, lambda path: sheet.save(path, "PNG"))
     print(f"wrote {args.out}")
 
@@ -137,8 +137,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", metavar="FOLDER",
                         help=f"holds the runs of seed 0 of {', '.join(MAPS.values())} (default: runs/study)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention.png", metavar="FILE",
-                        help="(default: results/attention.png)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "similarity.png", metavar="FILE",
+                        help="(default: results/similarity.png)")
     return parser.parse_args(argv)
 
 
