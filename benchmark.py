@@ -451,13 +451,14 @@ def parse(argv=None):
     parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="PART", help="test, train, growth")
     parser.add_argument("--bodies", nargs="+", default=["mobilenet-v2", "segnext-t", "resnet50", "segnext-b"],
                         metavar="BODY", help=f"of {', '.join(models.BODIES)} (default: four of them)")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="of each measurement, all in turn (default: 10)")
     parser.add_argument("--batch", type=int, help="images a training step (default: 2 on a CPU, 16 on CUDA)")
     parser.add_argument("--classes", type=int, default=20, help="in training (default: 20)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark.md"), help="beside it .json and growth.png")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark.md"), help="beside it .json and growth.png "
+                        "(default: results/benchmark.md)")
     return parser.parse_args(argv)
 
 

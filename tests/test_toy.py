@@ -57,6 +57,7 @@ def test_the_probe_counts_as_a_loop_does(small_world, tiny_clip, tmp_path):
     probe, k = diagnose.Probe(args), 20
     model = models.build(tiny_clip)
     seen = probe.look(model, tiny_clip, k)
+    assert model.training and not model.head.clip.training  # as it was
     source = probe.source
     model.eval()
     with torch.no_grad():
@@ -111,6 +112,7 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
     study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("full", 2, 20, 30), line("full", 3, 20, 40),
                   line("linear-seg", 0, 29, 40), line("linear-seg", 1, 31, 40), line("all-k", 0, 49, 58),
                   line("all-k", 1, 50, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
+                  line("random-k", 7, 40, 50),
                   line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
                   line("full", 0, 10, 20, world=1)])
     text = (tmp_path / "toy.md").read_text()

@@ -1,4 +1,5 @@
 """Interrupted, resumed, fed with garbage: nothing is lost, nothing is run, and what is wrong is said in one line."""
+import io
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import torch
 from conftest import run_inside
 from PIL import EpsImagePlugin, Image
 
+import archive
 import checkpoint
 import clip
 import data
@@ -203,6 +205,21 @@ def test_archives_that_claim_more_than_they_hold(tmp_path, tiny_clip_file):
         archive.writestr("x/data/0", bytes(10 ** 7))
     with pytest.raises(clip.CLIPError, match="unpacks to ten times"):
         clip.load(tmp_path / "bomb.pt")
+
+
+def test_a_storage_named_often_is_read_once(tmp_path):
+    class Names(pickle.Pickler):
+        def persistent_id(self, thing):
+            return ("storage", torch.FloatStorage, "0", "cpu", 4) if thing == "the storage" else None
+
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
+        text = io.BytesIO()
+        Names(text).dump(["the storage"] * 1000)
+        made.writestr("x/data.pkl", text.getvalue())
+        made.writestr("x/data/0", torch.arange(4.).numpy().tobytes())
+    with zipfile.ZipFile(tmp_path / "x.pt") as made:
+        storages = archive.TorchScript(made, "x").load()
+    assert len({storage.data_ptr() for storage in storages}) == 1 and storages[0].tolist() == [0, 1, 2, 3]
 
 
 def test_pillow_starts_no_program(tmp_path, monkeypatch):
