@@ -101,20 +101,21 @@ def test_a_watched_run_is_the_same_run(small_world, tiny_clip_file, tmp_path, mo
 def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "toy.jsonl")
 
-    def line(row, seed, unseen, hiou, world=0):
+    def line(row, seed, unseen, hiou, world_seed=0):
         score = {"pAcc": 90, "mIoU_seen": 70, "mIoU_unseen": unseen, "hIoU": hiou}
         look = dict.fromkeys(("step", "k", "unseen_things", "all_unseen_things", "seen_things", "unseen_grounds",
                               "seen_grounds", "cosine_seen", "cosine_unseen", "unseen_as_seen"), 1)
-        return {"row": row, "world": world, "seed": seed, "command": f"python train.py --seed {seed}", "commit": "abc",
-                "precision": "bf16",
-                "gamma_0": score, "calibrated": score, "probe": [look]}
+        return {"row": row, "world": world_seed, "seed": seed, "command": f"python train.py --seed {seed}",
+                "commit": "abc", "precision": "bf16",
+                "gamma_0": score, "calibrated": score, "probe": [look],
+                "IoU": dict.fromkeys(world.unseen(world_seed), 10 * seed)}
 
     study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("full", 2, 20, 30), line("full", 3, 20, 40),
                   line("linear-seg", 0, 29, 40), line("linear-seg", 1, 31, 40), line("all-k", 0, 49, 58),
                   line("all-k", 1, 50, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
                   line("random-k", 7, 40, 50),
                   line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
-                  line("full", 0, 10, 20, world=1)])
+                  line("full", 0, 10, 20, world_seed=1)])
     text = (tmp_path / "toy.md").read_text()
     assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 |" in text
     assert re.search(r"full − linear-seg \| > 20 \| \+22.0 ± 1.4 \| 2 \| holds", text)  # 21 and 23: the same seeds
@@ -122,6 +123,7 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
     assert re.search(r"full − linear \| > 0 \| -3.0 ± 0.0 \| 2 \| \*\*does not hold", text)
     assert re.search(r"full − random \| > 0 \| \+7.0 ± 24.0 \| 2 \| undecided", text)  # -10 and 24
     assert re.search(r"full − random-k \| > 0 \| \+10.0 \| 1 \| undecided", text)
+    assert f"| linear |{' 15 |' * 9}" in text  # seeds 0 and 3
     assert "> random > linear > " in text.split("## World 1")[0] and "## World 1" in text
     for bad in ([line("full", 0, 1, 1)] * 2, [line("full", 0, 1, 1) | {"precision": "fp32"}]):
         (tmp_path / "toy.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))

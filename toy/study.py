@@ -158,6 +158,7 @@ def run(row, world_seed, seed, steps):
             "precision": PRECISION, "seconds": round(time.time() - start),
             "gamma_0": {k: round(result["gamma_0"][k], 2) for k in keep},
             "calibrated": {k: round(result["calibrated"][k], 2) for k in (*keep, "gamma")},
+            "IoU": {name: round(result["gamma_0"]["IoU"][name], 1) for name in world.unseen(world_seed)},
             "probe": [json.loads(entry) for entry in (out / "probe.jsonl").read_text().splitlines()]}
     if not steps:
         with open(RESULTS, "a") as file:
@@ -222,7 +223,14 @@ def render(lines):
                             f"{len(gains)} | {verdict(gains, least)} |")
         order = sorted((row for row in MAIN if scores(lines, row, world_seed, "hIoU")),
                        key=lambda row: -statistics.mean(scores(lines, row, world_seed, "hIoU").values()))
-        text += ["", f"Main rows by hIoU: {' > '.join(order)}.", ""]
+        names = world.unseen(world_seed)
+        text += ["", f"Main rows by hIoU: {' > '.join(order)}.", "", "IoU of each unseen class, mean over seeds:", "",
+                 f"| row | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        for row in ROWS:
+            if runs := [line["IoU"] for line in lines if (line["row"], line["world"]) == (row, world_seed)]:
+                cells = [f"{statistics.mean(iou[name] for iou in runs):.0f}" for name in names]
+                text.append(f"| {row} | {' | '.join(cells)} |")
+        text.append("")
     text += probe_table(lines)
     (RESULTS.parent / "toy.md").write_text("\n".join(text) + "\n")
     plot(lines).save(RESULTS.parent / "toy.png")
