@@ -449,7 +449,7 @@ class ByColour(torch.nn.Module):
 
 def test_unseen_only_is_another_metric_beside_the_joint_one(trees, tmp_path):
     source = data.open_dataset("voc", trees["voc"])
-    source.recipe = sources.Recipe(1, short_side=None, window=200, stride=200)
+    source.recipe = sources.Recipe(1, crop=100, scale=(0.1, 10), short_side=None, window=200, stride=200)
     model = ByColour(20)
     plain = evaluate.evaluate(model, source, torch.device("cpu"), 4.0)
     result = evaluate.evaluate(model, source, torch.device("cpu"), 4.0, tmp_path / "maps", unseen_only=True)
