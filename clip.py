@@ -288,11 +288,12 @@ def _download(name):
     return path
 
 
-def fingerprint(model):
+def fingerprint(model, text_tower_only=False):
     """16 hex digits that tell one CLIP's weights from another's, in whatever file they lie; of every parameter."""
     content = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        content.update(name.encode() + p.detach().cpu().numpy().tobytes())
+        if not (text_tower_only and name.startswith("visual.")):
+            content.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return content.hexdigest()[:16]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import guard
 import pictures
 from data import TrainSet, ValSet, value_counts
 from sources import IGNORE, NAMES, DataError, download_voc, open_dataset
@@ -121,7 +120,3 @@ def parse(argv=None):
     group("--picture", default="data_check.png", metavar="FILE", help="gets a training and a test sample with their "
           "labels (default: %(default)s)")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    guard.run_command(main, parse)

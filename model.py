@@ -33,10 +33,8 @@ def text_embeddings(clip_model, names, templates):
     hash of all that they are made of: 171 classes in 15 templates take ViT-B/16's text tower half a minute on a CPU."""
     words = [[word.strip() for word in name.split(",")] for name in names]
     texts = [[template.replace("{}", word) for word in synonyms for template in templates] for synonyms in words]
-    content = hashlib.sha256(repr(texts).encode() + Path(clip.__file__).read_bytes())
-    for name, p in clip_model.named_parameters():
-        if not name.startswith("visual."):
-            content.update(p.cpu().numpy().tobytes())
+    tower = clip.fingerprint(clip_model, text_tower_only=True)
+    content = hashlib.sha256(repr((texts, tower)).encode() + Path(clip.__file__).read_bytes())
     path = clip.CACHE / f"text-{content.hexdigest()[:32]}.pt"
     try:
         t = torch.load(path, weights_only=True)

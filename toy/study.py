@@ -182,9 +182,13 @@ def mean_std(values, sign=""):
     return f"{statistics.mean(values):{sign}.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def runs_of(lines, row, world_seed):
+    return [line for line in lines if (line["row"], line["world"]) == (row, world_seed)]
+
+
 def scores(lines, row, world_seed, key):
     """{seed: score at γ = 0}"""
-    return {line["seed"]: line["gamma_0"][key] for line in lines if (line["row"], line["world"]) == (row, world_seed)}
+    return {line["seed"]: line["gamma_0"][key] for line in runs_of(lines, row, world_seed)}
 
 
 def verdict(gains, least):
@@ -208,7 +212,7 @@ def render(lines):
                  "| row | what | n | seen | unseen | hIoU | hIoU, calibrated | unseen taken for seen, % | command | "
                  "commit |", "|---" * 10 + "|"]
         for row, (what, _) in ROWS.items():
-            if runs := [line for line in lines if (line["row"], line["world"]) == (row, world_seed)]:
+            if runs := runs_of(lines, row, world_seed):
                 command = runs[0]["command"].replace(f" --seed {runs[0]['seed']}", "")
                 cells = [mean_std([r["gamma_0"][key] for r in runs]) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
                 cells += [mean_std([r["calibrated"]["hIoU"] for r in runs]),
@@ -227,8 +231,8 @@ def render(lines):
         text += ["", f"Main rows by hIoU: {' > '.join(order)}.", "", "IoU of each unseen class, mean over seeds:", "",
                  f"| row | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         for row in ROWS:
-            if runs := [line["IoU"] for line in lines if (line["row"], line["world"]) == (row, world_seed)]:
-                cells = [f"{statistics.mean(iou[name] for iou in runs):.0f}" for name in names]
+            if runs := runs_of(lines, row, world_seed):
+                cells = [f"{statistics.mean(run['IoU'][name] for run in runs):.0f}" for name in names]
                 text.append(f"| {row} | {' | '.join(cells)} |")
         text.append("")
     text += probe_table(lines)
@@ -245,8 +249,7 @@ def probe_table(lines):
             "| row | step | k | unseen things | lift | seen things | unseen ground | seen grounds | cosine, seen | "
             "cosine, unseen | unseen taken for seen, % |", "|---" * 11 + "|"]
     for row in ROWS:
-        runs = [line["probe"] for line in lines if (line["row"], line["world"]) == (row, 0)]
-        for entries in zip(*runs):
+        for entries in zip(*(run["probe"] for run in runs_of(lines, row, 0))):
             mean = {key: statistics.mean(entry[key] for entry in entries) for key in entries[0]}
             text.append(f"| {row} | {mean['step']:.0f} | {mean['k']:.0f} | {mean['unseen_things']:.1f} | "
                         f"{mean['unseen_things'] / mean['all_unseen_things']:.2f} | {mean['seen_things']:.1f} | "
