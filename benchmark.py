@@ -5,12 +5,14 @@
     python benchmark.py --device cuda --dtype bf16 --batch 16 --classes 171 --compile
 
 test    an image to its label map, 20 and 171 classes
-train   a step, part by part, beside the same body with a linear head and plain cross-entropy
+train   a step, part by part, beside the same body with a linear head and cross-entropy alone
+loop    train.py's own loop on the embedded default: what share of its time is not compute
 growth  the same over image side, number of classes and processes, with a plot
 Timings go round: every repeat measures each model once, so that noise hits all alike; medians (lowest to highest).
 GFLOPs count a multiply-add as 2 (torch.utils.flop_counter); the literature mostly counts it as 1.
 """
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -23,12 +25,14 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip
@@ -110,8 +114,8 @@ def texts(K, device):
 
 
 def gflops(call, images):
-    """{module: GFLOPs} of one call, "Global" for all."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """{module: GFLOPs} of one call, "Global" for all. Attention as two products, which all versions of torch count."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         call(images)
     return {name: sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()}
 
@@ -173,10 +177,10 @@ def markdown(header, rows):
 # ---------------------------------------------------------------- parts
 
 
-def counts(visual, device):
+def counts(visual, device, names=models.BODIES):
     """-> {body: parameters and GFLOPs}, {"peer classes": GFLOPs}; exact, one image each."""
     image, bodies, peers = torch.rand(1, 3, SIDE, SIDE, device=device), {}, {}
-    for name in models.BODIES:
+    for name in names:
         body = models.build_body(name, "none")
         net = models.ChimeraSeg(body, models.CSH(visual, body.out_channels), None, losses.TAU).to(device).eval()
         flops = gflops(net, image)
@@ -249,7 +253,7 @@ def build(clip_model, body, head="csh"):
 
 
 def train_step(seen, net, teacher, images, labels, amp, optimizer):
-    """A step as train.py does it, {part: seconds} into `seen`. Without a teacher: plain cross-entropy, the control."""
+    """A step as train.py does it, {part: seconds} into `seen`. Without a teacher: cross-entropy alone, the control."""
     marks, device = [], images.device
 
     def mark():
@@ -310,7 +314,7 @@ def training(args, clip_model, device, amp):
         rows.append((body, *map(round, each), rate(ours, B), rate(control, B),
                      f"{median(ours) / median(control):.2f}", " / ".join(peak)))
     report = [f"\n## Training step, {B} images of 512², {K} classes, ms an image\n", markdown(
-        ("body", *STEP, "images/s", "linear head, plain CE: images/s", "time, ours for that", "peak MB, both"), rows),
+        ("body", *STEP, "images/s", "linear head, CE alone: images/s", "time, ours for that", "peak MB, both"), rows),
         f"data, one loader process: {1e3 * median(times['data']) / B:.0f} ms an image (640×480 JPEG, PNG mask; in "
         "training it overlaps with the step).\n"]
     flat = {" ".join(key) if isinstance(key, tuple) else key: value for key, value in times.items()}
@@ -330,6 +334,40 @@ def load_batch(B, K, device):
         view = data.TrainSet(source, recipe)
         images, labels = zip(*(view[i, 0] for i in range(B)))
     return torch.stack(images).to(device).float() / 255, torch.stack(labels).to(device)
+
+
+def loop(args, clip_model, device, amp, steps=120, skip=20):
+    """train.main as it is, its loader watched; the first `skip` steps and the test after the last one do not count."""
+    asked, given = [], []  # when the loop asked for a batch, when it had it
+
+    class Watched(train.DataLoader):
+        def __iter__(self):
+            batches = super().__iter__()
+            while True:
+                asked.append(time.perf_counter())
+                batch = next(batches, None)
+                given.append(time.perf_counter())
+                if batch is None:
+                    return
+                yield batch
+
+    flags = ["--steps", str(steps), "--device", device.type, "--precision", args.dtype]
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "DataLoader", Watched):
+        settings = train.parse([*flags, "--out-dir", folder])
+        with contextlib.redirect_stdout(None):
+            train.main(settings)
+    source = data.open_dataset("toy")
+    view = data.TrainSet(source, source.recipe, 0)
+    reading = go_round(device, {"batch": lambda: [view[i, 0] for i in range(settings.batch_size)]}, args.repeats)
+    whole = given[steps - 1] - asked[skip]  # the last batch's own step, with its save, does not count
+    waits = sum(end - start for start, end in zip(asked[skip:steps], given[skip:steps]))
+    step, read = whole / (steps - skip), median(reading["batch"])
+    report = [f"\n## The embedded default's loop, {steps - skip} steps\n", markdown(
+        ("ms a step", "waiting for data", "reading a batch, ms of one core", "that of all the cores' time"),
+        [(f"{1e3 * step:.0f}", f"{100 * waits / whole:.1f} %", f"{1e3 * read:.0f}",
+          f"{100 * read / step / os.cpu_count():.1f} %" if device.type == "cpu" else "–")]),
+        f"`python train.py {' '.join(flags)}`, {settings.workers} loader processes.\n"]
+    return {"step": step, "waiting": waits / whole, "reading": reading["batch"]}, report
 
 
 def growth(args, clip_model, device, amp):
@@ -413,7 +451,7 @@ def plot(curves, path, width=480, height=320, edge=44):
     evaluate.atomic(path, lambda partial: picture.save(partial, "PNG"))
 
 
-PARTS = {"test": test, "train": training, "growth": growth}
+PARTS = {"test": test, "train": training, "loop": loop, "growth": growth}
 
 
 def main(args):
@@ -448,7 +486,7 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="PART", help="test, train, growth")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="PART", help="test, train, loop, growth")
     parser.add_argument("--bodies", nargs="+", default=["mobilenet-v2", "segnext-t", "resnet50", "segnext-b"],
                         metavar="BODY", help=f"of {', '.join(models.BODIES)} (default: four of them)")
     parser.add_argument("--repeats", type=int, default=10, help="of each measurement, all in turn (default: 10)")
