@@ -46,7 +46,7 @@ def run_command(main, parse):
         if message.startswith("DataLoader worker"):
             message += ": out of memory? try fewer --workers"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", message, re.IGNORECASE):
-            message, patience = f"another process of this run has ended, its own message says why ({message})", 15
+            message, patience = f"{message} (if another process of this run ended before, its own message says why)", 15
             if SIGNALS:
                 sys.exit(1)
         else:

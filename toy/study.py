@@ -63,6 +63,7 @@ ROWS = MAIN | {
     "fixed-k-0.4": ("k = 0.4 N throughout", [*CONSTANT, "0.4"]),
     "fixed-k-0.1": ("k = 0.1 N throughout", [*CONSTANT, "0.1"]),
     "k-end-0.1": ("k falls to 0.1 N", ["--k-end", "0.1"]),
+    "k-end-0.03": ("k falls to 0.03 N", ["--k-end", "0.03"]),
     "k-cosine": ("k falls along a cosine", ["--k-schedule", "cosine"]),
     "random-k": ("k positions at random, not the most similar", []),
     "per-feature": ("1 − cosine of each of the k features, no contrast; about 1/τ_g = 14 times less gradient", []),
