@@ -131,19 +131,21 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, kind="qk", causal=False):
+    def forward(self, x, kind="qk", causal=False, queries=None):
+        """(B, N, W) -> (B, N, W), or its first `queries` tokens alone: (B, queries, W)"""
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3W)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        q, like = q[:, :, :queries], v[:, :, :queries]
         if kind == "qk":
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         elif kind == "vv":
-            y = F.scaled_dot_product_attention(v, v, v)
+            y = F.scaled_dot_product_attention(like, v, v)
         elif kind == "self":
-            y = v
+            y = like
         else:
             raise CLIPError(f"attention kind {kind!r} is unknown: choose qk, vv or self")
-        return self.out_proj(y.transpose(1, 2).reshape(B, N, W))
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class QuickGELU(nn.Module):
@@ -160,8 +162,8 @@ class ResidualAttentionBlock(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, kind="qk", causal=False):
-        x = x + self.attn(self.ln_1(x), kind, causal)
+    def forward(self, x, kind="qk", causal=False, queries=None):
+        x = x[:, :queries] + self.attn(self.ln_1(x), kind, causal, queries)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -170,10 +172,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
 
-    def forward(self, x, causal=False):
-        for block in self.resblocks:
+    def forward(self, x, causal=False, queries=None):
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x, causal=causal)
-        return x
+        return last(x, causal=causal, queries=queries)
 
 
 def resize_positions(table, h, w):
@@ -207,14 +210,15 @@ class VisionTransformer(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, images):
-        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS first."""
+    def forward(self, images, tokens=None):
+        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS first; or the first `tokens`
+        of them, so that the last block computes no others."""
         x = self.conv1((images - self.mean) / self.std)  # (B, W, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, W)
         cls = self.class_embedding + self.positional_embedding[0]
         x = torch.cat([cls.expand(len(x), 1, -1), x + positions], dim=1)  # (B, 1+N, W)
-        x = self.transformer(self.ln_pre(x))
+        x = self.transformer(self.ln_pre(x), queries=tokens)
         return self.ln_post(x) @ self.proj
 
 
@@ -240,7 +244,7 @@ class CLIP(nn.Module):
         H, W, patch = *images.shape[-2:], self.visual.patch_size
         if min(H, W) < patch:
             raise CLIPError(f"image is {H}×{W} pixels, one patch needs {patch}×{patch}")
-        return self.visual(images)[:, 0]
+        return self.visual(images, tokens=1)[:, 0]
 
     def encode_text(self, tokens):
         """int (P, L) from `tokenize` -> (P, D), not normalised; read at the end mark, the largest id."""
