@@ -211,8 +211,8 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images, tokens=None):
-        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS first; or the first `tokens`
-        of them, so that the last block computes no others."""
+        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS first; or the first
+        `tokens` of them, so that the last block computes no others."""
         x = self.conv1((images - self.mean) / self.std)  # (B, W, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, W)
