@@ -38,7 +38,8 @@ def test_dense_clip_and_head_by_hand(counted):
 def test_the_command_measures_and_writes(tmp_path):
     out = tmp_path / "cost.md"
     run = subprocess.run([sys.executable, "benchmark.py", "--parts", "train", "--bodies", "mobilenet-v2",
-                          "--batch", "1", "--repeats", "1", "--device", "cpu", "--out", str(out)], capture_output=True, text=True)
+                          "--batch", "1", "--repeats", "1", "--device", "cpu", "--out", str(out)],
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert out.read_text().count("| mobilenet-v2 |") == 1
     seconds = json.loads(out.with_suffix(".json").read_text())["train"]["seconds"]
