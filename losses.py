@@ -121,7 +121,7 @@ def nel_loss(z, t, labels, tau=TAU):
 # ---------------------------------------------------------------- Selective Global Distillation (METHOD: L_sgd)
 
 
-def k_at(step, steps, positions, end_share=0.4, schedule="linear"):
+def k_at(step, steps, positions, end_share=0.1, schedule="linear"):
     """k(t): how many of N positions are distilled at `step` of `steps`. Falls from N to end_share · N.
 
     FACT: it falls. OURS: linear; `cosine`, and `constant` (end_share · N from the first step on)."""

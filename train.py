@@ -312,7 +312,7 @@ def parse(argv=None):
     group("--sgd-weight", type=float, default=0.2, help="λ_sgd; 0 switches SGD and its teacher off (default: 0.2)")
     group("--k-schedule", choices=("linear", "cosine", "constant"), default="linear",
           help="how k falls from all positions (default: linear)")
-    group("--k-end", type=float, default=0.4, help="share of the positions at the end (default: 0.4)")
+    group("--k-end", type=float, default=0.1, help="share of the positions at the end (default: 0.1)")
     group("--sam-weight", type=float, default=1.0, help="λ_sam; 0 switches SAM off (default: 1)")
     return parser.parse_args(argv)
 

@@ -95,7 +95,7 @@ def test_a_watched_run_is_the_same_run(small_world, tiny_clip_file, tmp_path, mo
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("alone", "seen")]
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
     looks = [json.loads(line) for line in (tmp_path / "seen/probe.jsonl").read_text().splitlines()]
-    assert [look["step"] for look in looks] == [0, 2] and looks[-1]["k"] == 102
+    assert [look["step"] for look in looks] == [0, 2] and looks[-1]["k"] == 26
 
 
 def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
                   line("all-k", 1, 50, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
                   line("random-k", 7, 40, 50),
                   line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
-                  line("full", 0, 10, 20, world_seed=1)])
+                  line("full", 0, 10, 20, world_seed=1), line("linear", 0, 5, 10, world_seed=1)])
     text = (tmp_path / "toy.md").read_text()
     assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 |" in text
     assert re.search(r"full − linear-seg \| > 20 \| \+22.0 ± 1.4 \| 2 \| holds", text)  # 21 and 23: the same seeds
@@ -125,6 +125,9 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
     assert re.search(r"full − random-k \| > 0 \| \+10.0 \| 1 \| undecided", text)
     assert f"| linear |{' 15 |' * 9}" in text  # seeds 0 and 3
     assert "> random > linear > " in text.split("## World 1")[0] and "## World 1" in text
+    together = text.split("## Over worlds")[1].split("## ")[0]  # each world's mean counts once
+    assert "| full | 48.5 (n 4) | 20.0 (n 1) | 34.2 ± 20.2 |" in together and "| random |" not in together
+    assert re.search(r"full − linear \| > 0 \| \+3.5 ± 9.2 \| 2 \| undecided", together)  # −3 and 10
     for bad in ([line("full", 0, 1, 1)] * 2, [line("full", 0, 1, 1) | {"precision": "fp32"}]):
         (tmp_path / "toy.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))
         with pytest.raises(SystemExit, match="a run twice, or one in another precision"):

@@ -62,7 +62,7 @@ ROWS = MAIN | {
     "gain-1": ("tokens enter the frozen block at unit scale", []),
     "fixed-k-0.4": ("k = 0.4 N throughout", [*CONSTANT, "0.4"]),
     "fixed-k-0.1": ("k = 0.1 N throughout", [*CONSTANT, "0.1"]),
-    "k-end-0.1": ("k falls to 0.1 N", ["--k-end", "0.1"]),
+    "k-end-0.4": ("k falls to 0.4 N", ["--k-end", "0.4"]),
     "k-end-0.03": ("k falls to 0.03 N", ["--k-end", "0.03"]),
     "k-cosine": ("k falls along a cosine", ["--k-schedule", "cosine"]),
     "random-k": ("k positions at random, not the most similar", []),
@@ -192,6 +192,12 @@ def scores(lines, row, world_seed, key):
     return {line["seed"]: line["gamma_0"][key] for line in runs_of(lines, row, world_seed)}
 
 
+def differences(lines, above, below, world_seed, key):
+    """[score of row above − score of row below, at γ = 0], one for each seed that both have"""
+    high, low = scores(lines, above, world_seed, key), scores(lines, below, world_seed, key)
+    return [high[seed] - low[seed] for seed in sorted(high.keys() & low.keys())]
+
+
 def verdict(gains, least):
     """Gains of the seeds that both rows have -> in a word. Within its standard error of `least` a mean says nothing."""
     gain = statistics.mean(gains)
@@ -222,8 +228,7 @@ def render(lines):
                 text.append(f"| {' | '.join([row, what, str(len(runs)), *cells, f'`{command}`', commits])} |")
         text += ["", "| criterion | asked | measured | n | |", "|---|---|---|---|---|"]
         for what, above, below, key, least in CRITERIA:
-            high, low = scores(lines, above, world_seed, key), scores(lines, below, world_seed, key)
-            if gains := [high[seed] - low[seed] for seed in sorted(high.keys() & low.keys())]:
+            if gains := differences(lines, above, below, world_seed, key):
                 text.append(f"| {what}: {key} of {above} − {below} | > {least} | {mean_std(gains, sign='+')} | "
                             f"{len(gains)} | {verdict(gains, least)} |")
         order = sorted((row for row in MAIN if scores(lines, row, world_seed, "hIoU")),
@@ -236,9 +241,30 @@ def render(lines):
                 cells = [f"{statistics.mean(run['IoU'][name] for run in runs):.0f}" for name in names]
                 text.append(f"| {row} | {' | '.join(cells)} |")
         text.append("")
-    text += probe_table(lines)
+    text += over_worlds(lines) + probe_table(lines)
     (RESULTS.parent / "toy.md").write_text("\n".join(text) + "\n")
     plot(lines).save(RESULTS.parent / "toy.png")
+
+
+def over_worlds(lines):
+    """Rows that ran in several worlds side by side, and the criteria with each world's mean gain counted once."""
+    worlds = sorted({line["world"] for line in lines})
+    text = ["## Over worlds", "", "hIoU, mean of n seeds. Each world has other scenes and other unseen classes.", "",
+            f"| row | {' | '.join(f'world {w}' for w in worlds)} | mean of worlds |", "|---" * (2 + len(worlds)) + "|"]
+    for row in ROWS:
+        each = {w: list(scores(lines, row, w, "hIoU").values()) for w in worlds}
+        if sum(map(bool, each.values())) > 1:
+            cells = [f"{statistics.mean(each[w]):.1f} (n {len(each[w])})" if each[w] else "–" for w in worlds]
+            cells.append(mean_std([statistics.mean(v) for v in each.values()]) if all(each.values()) else "–")
+            text.append(f"| {row} | {' | '.join(cells)} |")
+    text += ["", "Differences of the same seeds, each world's mean counted once, ± over worlds:", "",
+             "| criterion | asked | measured | worlds | |", "|---|---|---|---|---|"]
+    for what, above, below, key, least in CRITERIA:
+        gains = [statistics.mean(each) for w in worlds if (each := differences(lines, above, below, w, key))]
+        if len(gains) > 1:
+            text.append(f"| {what}: {key} of {above} − {below} | > {least} | {mean_std(gains, sign='+')} | "
+                        f"{len(gains)} | {verdict(gains, least)} |")
+    return [*text, ""]
 
 
 def probe_table(lines):
