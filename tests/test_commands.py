@@ -51,7 +51,7 @@ def test_train_leaves_what_the_readme_says(run):
     out, text = run
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"step", "loss", "loss_seg", "loss_sgd", "loss_sam", "k", "lr", "seconds"} <= set(log[0])
-    assert log[0]["k"] == 256 and log[-2]["k"] == 102 and log[-2]["step"] == 7
+    assert log[0]["k"] == 256 and log[-2]["k"] == 26 and log[-2]["step"] == 7
     weights = json.loads((out / "config.json").read_text()) | {"seg_weight": 1}
     parts = [weights[f"{part}_weight"] * log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")]
     assert log[0]["loss"] == pytest.approx(sum(parts), abs=1e-5)
