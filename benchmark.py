@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -428,6 +429,7 @@ def process(rank, ranks, folder, body, kind, steps=5):
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
     net = build(clip.CLIP(**VIT_B16), body).to(device).train()
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # as in train.py
     student = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     t, images = texts(20, device), torch.rand(2, 3, 256, 256, device=device)
     labels = torch.randint(20, (2, 256, 256), device=device)
@@ -473,7 +475,7 @@ def main(args):
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
     about = {"machine": where, "torch": torch.__version__, "dtype": args.dtype, "compile": args.compile,
              "repeats": args.repeats, "commit": git("rev-parse", "--short", "HEAD") + " and changes" * bool(
-                 git("status", "--porcelain", "--untracked-files=no")),
+                 git("status", "--porcelain", "--", "*.py")),
              "command": " ".join(["python", "benchmark.py", *sys.argv[1:]])}
     torch.manual_seed(0)
     clip_model = clip.CLIP(**VIT_B16).eval().requires_grad_(False).to(device)

@@ -103,7 +103,7 @@ def main(args):
     if ranks > 1:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.15's advice is to leave it as it is
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch renames it; this name works in all
         student = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     else:
         student = model
