@@ -22,7 +22,7 @@ import data
 import guard
 import pictures
 from checkpoint import atomic, from_first_process, newest_run
-from inference import load_run, open_dataset, pick_device, predict, side_at_test
+from inference import load_run, open_run_dataset, pick_device, predict, side_at_test
 from losses import world_size
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
@@ -72,7 +72,7 @@ def calibrate(model, source, device, images=100, loss=0.01):
 
     OURS. γ is that quantile of (best seen logit − best unseen logit), at the dense grid, classes set to all K.
     No unseen label and no test image is looked at. The model is left in eval mode."""
-    if not source.unseen:
+    if not source.unseen or not source.seen:
         return 0.0
     seen = torch.tensor(source.seen, device=device)
     unseen = torch.tensor(sorted(source.unseen), device=device)
@@ -100,7 +100,7 @@ def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
                    classes alone: a far easier task, whose figures compare with no joint one"""
     if unseen_only and not source.unseen:
-        raise data.DataError(f"{source.name} has no unseen classes: --unseen-only would score nothing")
+        raise data.DataError(f"no class of {source.name} was unseen in training: --unseen-only would score nothing")
     if predictions:
         predictions.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank() if world_size() > 1 else 0
@@ -190,17 +190,17 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else from_first_process(newest_run))
     model, config, gamma = load_run(checkpoint, device, args.clip)
-    source = open_dataset(config, args.dataset, args.data_root)
+    source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     model.set_classes(source.classes, source.templates)
     if args.gamma is not None:
         gamma = args.gamma
-    elif gamma is None or args.dataset:  # an unfinished run, or other classes
+    elif gamma is None or other:  # an unfinished run, or other classes
         gamma = from_first_process(lambda: calibrate(model, source, device))
     result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
     result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
     if world_size() == 1 or dist.get_rank() == 0:
-        other = Path(args.dataset).name if args.dataset else "."  # leaves the run's own figures alone
-        report(result, model, source, device, args.out_dir or checkpoint.parent / other)
+        inside = Path(other).resolve().name if other else "."  # leaves the run's own figures alone
+        report(result, model, source, device, args.out_dir or checkpoint.parent / inside)
     return result
 
 
@@ -221,7 +221,7 @@ def parse(argv=None):
     group("--save-predictions", type=Path, metavar="FOLDER", help="write NAME.png of each test image, class indexes in "
           "a palette, γ = 0 (default: none)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; "
-          "with --dataset a folder of that name in it)")
+          "with --dataset or --data-root a folder of that name in it)")
     return parser.parse_args(argv)
 
 

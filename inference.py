@@ -37,13 +37,25 @@ def load_run(checkpoint, device, clip_file=None):
     return model.to(device).eval(), config, saved["gamma"]
 
 
-def open_dataset(config, name=None, root=None):
-    """The run's own data set, or another, labelled at the sizes that the run was trained at. Raises DataError."""
+def trained_on(config, classes):
+    """[bool], the classes that the run had masks of; on another list than its own, those that share a word with one."""
+    if list(classes) == config["classes"]:
+        return [k not in config["unseen"] for k in range(len(classes))]
+    words = {sources.plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
+             for word in name.split(",")}
+    return [any(sources.plain(word) in words for word in name.split(",")) for name in classes]
+
+
+def open_run_dataset(config, name=None, root=None):
+    """The run's own data set, or another: labelled at the sizes of the run's training, unseen what was unseen there.
+
+    Raises DataError."""
     own = None if name else config["data_root"]
-    if own and not root and not Path(own).is_dir():  # the toy world is not drawn wherever a checkpoint says
+    if own and not root and not Path(own).is_dir():
         raise sources.DataError(f"the run's data set is no longer in {own}: give --data-root")
     source = sources.open_dataset(name or config["dataset"], root or own)
     source.recipe = dataclasses.replace(source.recipe, crop=config["crop"])
+    source.unseen = {k for k, trained in enumerate(trained_on(config, source.classes)) if not trained}
     return source
 
 

@@ -22,7 +22,6 @@ import guard
 import inference
 import pictures
 from checkpoint import atomic, newest_run, read_checkpoint
-from sources import plain
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder
@@ -72,10 +71,8 @@ def load(checkpoint, _, classes, other, device, clip_file):
     """-> model that tells the classes apart, their names, bool (K,) which the run trained on, the run's config."""
     model, config, _ = inference.load_run(checkpoint, device, clip_file)
     classes = list(classes or config["classes"])
-    trained = {plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
-               for word in name.split(",")}
     model.set_classes(classes + [OTHER] * other, config["templates"])
-    seen = [any(plain(word) in trained for word in name.split(",")) for name in classes] + [False] * other
+    seen = inference.trained_on(config, classes) + [False] * other
     return model, [name.split(",")[0].strip() for name in classes], torch.tensor(seen, device=device), config
 
 
@@ -108,7 +105,7 @@ def main(args):
     files = find(args.pictures)
     if not files:
         config = read_checkpoint(checkpoint)["config"]
-        files = [Path(inference.open_dataset(config).val[0][1])]
+        files = [Path(inference.open_run_dataset(config).val[0][1])]
         print(f"no picture named: a test picture of {config['dataset']}")
     skipped, stems = 0, set()
     for file in files:

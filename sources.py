@@ -8,6 +8,7 @@ The benchmarks are read where their authors' archives unpack (TREES below): noth
 Masks pass through one look-up table: raw value -> class index, and in the training view raw value -> index among the
 SEEN classes, everything else 255. An unseen label cannot reach the training loss.
 """
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torchvision
 from toy import world
 
 HERE = Path(__file__).parent
+TOY_ROOT = Path("data/toy")  # drawn on demand; other worlds by toy/world.py
 IGNORE, INVALID = 255, 254  # INVALID marks mask values that the class list does not know
 PROTOCOL = json.loads((HERE / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
 CONTEXT = {"context": "unseen_zs3_lineage", "context-cascade-clip": "unseen_cascade_clip"}  # two splits are in print
@@ -107,13 +109,14 @@ class DataSource:
 def open_dataset(name, root=None):
     """One of NAMES, or the path of a folder in the layout above -> DataSource. Raises DataError.
 
-    root: by default data/NAME. context has ZS3Net's ten unseen classes, context-cascade-clip Cascade-CLIP's."""
+    root: by default data/NAME; toy's default alone is drawn where it is missing. context has ZS3Net's ten unseen
+    classes, context-cascade-clip Cascade-CLIP's."""
     if name == "toy":
-        root = Path(root or "data/toy")
-        if not root.exists():
+        root = Path(root or TOY_ROOT)
+        if root == TOY_ROOT and not root.exists():
             print(f"drawing the toy world into {root} …", flush=True)
-            root.parent.mkdir(parents=True, exist_ok=True)
-            world.write(root)
+            with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
+                world.write(root)
         return open_folder(root, "toy", world.TEMPLATES, TOY)
     if name in NAMES:
         return open_benchmark(name, root)
@@ -175,8 +178,8 @@ def download_voc(root):
 
 def open_folder(root, name, templates, recipe):
     if not root.is_dir():
-        raise DataError(f"no folder {root}: give toy, or a folder that holds images/, masks/, train.txt, val.txt and "
-                        "classes.txt")
+        raise DataError(f"no folder {root}: give a folder that holds images/, masks/, train.txt, val.txt and "
+                        "classes.txt (python -m toy.world --root FOLDER draws one)")
     classes = read_lines(root / "classes.txt")
     if len(classes) > INVALID or len(set(classes)) < len(classes):
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, {len(set(classes))} different ones: "

@@ -90,6 +90,28 @@ def test_evaluate_gives_the_same_figures_alone_and_on_two_processes(run, root):
         assert done.stdout.count("mIoU unseen") == 1
 
 
+def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
+    """Another world calls other classes unseen, and a list of other names shares some words with the run's."""
+    before = (run[0] / "metrics.json").read_text()
+    shutil.copytree(root / "toy", tmp_path / "other")
+    (tmp_path / "other/unseen.txt").write_text("red circle\n")
+    text = run_inside(evaluate, "--run", run[0], "--data-root", tmp_path / "other", "--device", "cpu")[1]
+    marked = re.findall(r"^(\w+ \w+) \*", text, re.M)
+    assert marked == world.unseen(0) != ["red circle"]
+    names = ["disk, red circle", "purple ring", *(f"other {name}" for name in world.CLASSES[2:])]
+    (tmp_path / "other/classes.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "other/unseen.txt").unlink()
+    text = run_inside(evaluate, "--run", run[0], "--dataset", tmp_path / "other", "--device", "cpu")[1]
+    assert re.search("^disk, red circle  ", text, re.M) and text.count(" * ") == 25
+    assert (run[0] / "metrics.json").read_text() == before
+    assert json.loads((run[0] / "other/metrics.json").read_text())["dataset"] == str(tmp_path / "other")
+
+
+def test_a_world_that_is_not_there_is_not_drawn(tmp_path):
+    words = run_inside(train, "--data-root", tmp_path / "toy-1", "--out-dir", tmp_path / "run", "--device", "cpu")[2]
+    assert "no folder" in words and "toy.world --root" in words and not list(tmp_path.iterdir())
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(run, root, tiny_clip_file):
     """SIGTERM in the middle, then --resume: the last log line and every tensor are the same."""
     args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--out-dir", root / "resumed"]

@@ -1,6 +1,9 @@
 """The embedded default: its tiny CLIP, as committed; the study's rows, tables and probe."""
+import argparse
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -111,15 +114,15 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
                 "IoU": dict.fromkeys(world.unseen(world_seed), 10 * seed)}
 
     study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("full", 2, 20, 30), line("full", 3, 20, 40),
-                  line("linear-seg", 0, 29, 40), line("linear-seg", 1, 31, 40), line("all-k", 0, 49, 58),
-                  line("all-k", 1, 50, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
+                  line("linear-seg", 0, 25, 40), line("linear-seg", 1, 28.8, 40), line("all-k", 0, 49, 58),
+                  line("all-k", 1, 52.8, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
                   line("random-k", 7, 40, 50),
                   line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
                   line("full", 0, 10, 20, world_seed=1), line("linear", 0, 5, 10, world_seed=1)])
     text = (tmp_path / "toy.md").read_text()
     assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 |" in text
-    assert re.search(r"full − linear-seg \| > 20 \| \+22.0 ± 1.4 \| 2 \| holds", text)  # 21 and 23: the same seeds
-    assert re.search(r"full − all-k \| > 5 \| \+2.5 ± 2.1 \| 2 \| \*\*does not hold", text)  # 1 and 4
+    assert re.search(r"full − linear-seg \| > 20 \| \+25.1 ± 0.1 \| 2 \| holds", text)  # 25 and 25.2: the same seeds
+    assert re.search(r"full − all-k \| > 5 \| \+1.1 ± 0.1 \| 2 \| \*\*does not hold", text)  # 1 and 1.2
     assert re.search(r"full − linear \| > 0 \| -3.0 ± 0.0 \| 2 \| \*\*does not hold", text)
     assert re.search(r"full − random \| > 0 \| \+7.0 ± 24.0 \| 2 \| undecided", text)  # -10 and 24
     assert re.search(r"full − random-k \| > 0 \| \+10.0 \| 1 \| undecided", text)
@@ -128,11 +131,36 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
     together = text.split("## Over worlds")[1].split("## ")[0]  # each world's mean counts once
     assert "| full | 48.5 (n 4) | 20.0 (n 1) | 34.2 ± 20.2 |" in together and "| random |" not in together
     assert re.search(r"full − linear \| > 0 \| \+3.5 ± 9.2 \| 2 \| undecided", together)  # −3 and 10
-    for bad in ([line("full", 0, 1, 1)] * 2, [line("full", 0, 1, 1) | {"precision": "fp32"}]):
+    twice, other = [line("full", 0, 1, 1)] * 2, [line("full", 0, 1, 1) | {"precision": "fp32"}]
+    mixed = [line("full", seed, 1, 1) | {"settings": {"lr": 1, "k_end": k}} for seed, k in enumerate((0.4, 0.4, 0.1))]
+    for bad, words in ((twice, "a run twice"), (other, "in another precision"), (mixed, "full that differ in k_end")):
         (tmp_path / "toy.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))
-        with pytest.raises(SystemExit, match="a run twice, or one in another precision"):
+        with pytest.raises(SystemExit, match=words):
             study.finished()
     assert Image.open(tmp_path / "toy.png").width > 600
+
+
+def test_verdicts_are_a_t_test_at_95_percent():
+    for n, t in study.T95.items():  # Student's density with n − 1 degrees of freedom, integrated
+        df = n - 1
+        peak = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+        middles = [(i + 0.5) * t / 2000 for i in range(2000)]
+        between = t * statistics.mean(peak * (1 + x * x / df) ** (-(df + 1) / 2) for x in middles)  # 0 and t
+        assert 0.5 + between == pytest.approx(0.95, abs=0.001)
+    assert study.verdict([21, 23], 20) == "undecided" and study.verdict([21, 22, 23], 20) == "holds"  # 2.0 ± 1.7
+    assert study.verdict([17, 18, 19], 20) == "**does not hold**" and study.verdict([30], 20) == "undecided"
+
+
+def test_a_world_that_is_another_one_is_refused(small_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results" / "toy.jsonl")
+    monkeypatch.setattr(study, "run", None)  # nothing may start
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "toy-1").symlink_to(small_world)  # of seed 2
+    with pytest.raises(SystemExit, match="toy-1 is not world 1"):
+        study.main(argparse.Namespace(world=1, render=False, rows=["full"], seeds=1, steps=None, jobs=1))
+    with pytest.raises(FileExistsError, match="is there already"):
+        world.write(small_world)
 
 
 def test_variants_change_what_they_say(tiny_clip, monkeypatch):

@@ -29,6 +29,7 @@ import guard
 import losses
 import model as models
 import pictures
+import sources
 import train
 from toy import world
 from toy.diagnose import Probe
@@ -39,7 +40,9 @@ PRECISION = "bf16"  # of every run; where the CPU has no such instructions it is
 
 SEG_ONLY = ["--sgd-weight", "0", "--sam-weight", "0"]
 CONSTANT = ["--k-schedule", "constant", "--k-end"]
-MAIN = {  # row: (what it is, flags of train.py); every row but the first changes the default in one respect
+# one-sided 95 % points of Student's t, by the number of values in a mean
+T95 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
+MAIN = {  # row: (what it is, flags of train.py); the default, then it without a part or with another one
     "full": ("the default: CSH, n = 1, SGD and SAM", []),
     "seg": ("segmentation loss alone", SEG_ONLY),
     "linear": ("control: linear projection behind the same adapter and LayerNorm", ["--head", "linear"]),
@@ -133,6 +136,12 @@ def finished():
     runs = [(line["row"], line["world"], line["seed"]) for line in lines]
     if len(set(runs)) < len(runs) or any(line["precision"] != PRECISION for line in lines):
         sys.exit(f"error: {RESULTS} has a run twice, or one in another precision than {PRECISION}: take it out")
+    first = {}  # row: the settings of its first run that noted them
+    for line in lines:
+        if (settings := line.get("settings")) and first.setdefault(line["row"], settings) != settings:
+            differ = sorted({key for key, _ in settings.items() ^ first[line["row"]].items()})
+            sys.exit(f"error: {RESULTS} has runs of {line['row']} that differ in {', '.join(differ)}: take out those "
+                     "of the former defaults")
     return lines
 
 
@@ -155,8 +164,10 @@ def run(row, world_seed, seed, steps):
         raise RuntimeError(f"{command} did not finish:\n{done.stdout[-300:]}{done.stderr}")
     result = json.loads((out / "metrics.json").read_text())
     keep = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")
+    config = json.loads((out / "config.json").read_text())
+    settings = {key: config[key] for key in vars(train.parse([])) if key in config and key not in ("seed", "data_root")}
     line = {"row": row, "world": world_seed, "seed": seed, "command": command, "commit": commit,
-            "precision": PRECISION, "seconds": round(time.time() - start),
+            "precision": PRECISION, "settings": settings, "seconds": round(time.time() - start),
             "gamma_0": {k: round(result["gamma_0"][k], 2) for k in keep},
             "calibrated": {k: round(result["calibrated"][k], 2) for k in (*keep, "gamma")},
             "IoU": {name: round(result["gamma_0"]["IoU"][name], 1) for name in world.unseen(world_seed)},
@@ -199,9 +210,9 @@ def differences(lines, above, below, world_seed, key):
 
 
 def verdict(gains, least):
-    """Gains of the seeds that both rows have -> in a word. Within its standard error of `least` a mean says nothing."""
+    """Gains of the seeds that both rows have -> in a word, by a one-sided t test at 95 % that their mean is `least`."""
     gain = statistics.mean(gains)
-    if len(gains) < 2 or abs(gain - least) < statistics.stdev(gains) / len(gains) ** 0.5:
+    if len(gains) < 2 or abs(gain - least) < T95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5:
         return "undecided"
     return "holds" if gain > least else "**does not hold**"
 
@@ -209,13 +220,14 @@ def verdict(gains, least):
 def render(lines):
     """results/toy.jsonl -> results/toy.md, tables of mean ± standard deviation over seeds, and toy.png."""
     text = ["# The embedded default under controls", "",
-            "mIoU in percent over all classes together, γ = 0 unless it says calibrated; mean ± std over n seeds. Each "
-            f"row but the first changes the default in one respect. All in {PRECISION}, one thread. Written by "
-            "`python -m toy.study`.", "",
+            "mIoU in percent over all classes together, γ = 0 unless it says calibrated; mean ± std over n seeds. "
+            f"All in {PRECISION}, one thread. Written by `python -m toy.study`. Holds, does not hold: by a one-sided t "
+            "test at 95 % over the n differences.", "",
             "Unseen taken for seen: share of unseen dense positions labelled as a seen class, on 100 of the test "
             "images just before the last step. Differences are of the same seeds.", ""]
     for world_seed in sorted({line["world"] for line in lines}):
-        text += [f"## World {world_seed}: {', '.join(world.unseen(world_seed))} unseen", "",
+        drawn = f" (`python -m toy.world --root data/toy-{world_seed} --seed {world_seed}`)" * bool(world_seed)
+        text += [f"## World {world_seed}", "", f"Unseen: {', '.join(world.unseen(world_seed))}{drawn}.", "",
                  "| row | what | n | seen | unseen | hIoU | hIoU, calibrated | unseen taken for seen, % | command | "
                  "commit |", "|---" * 10 + "|"]
         for row, (what, _) in ROWS.items():
@@ -276,7 +288,10 @@ def probe_table(lines):
             "| row | step | k | unseen things | lift | seen things | unseen ground | seen grounds | cosine, seen | "
             "cosine, unseen | unseen taken for seen, % |", "|---" * 11 + "|"]
     for row in ROWS:
-        for entries in zip(*(run["probe"] for run in runs_of(lines, row, 0))):
+        runs = runs_of(lines, row, 0)
+        final = {run["probe"][-1]["k"] for run in runs}
+        runs = [run for run in runs if run["probe"][-1]["k"] == min(final)]  # without SGD k was another in some runs
+        for entries in zip(*(run["probe"] for run in runs)):
             mean = {key: statistics.mean(entry[key] for entry in entries) for key in entries[0]}
             text.append(f"| {row} | {mean['step']:.0f} | {mean['k']:.0f} | {mean['unseen_things']:.1f} | "
                         f"{mean['unseen_things'] / mean['all_unseen_things']:.2f} | {mean['seen_things']:.1f} | "
@@ -311,9 +326,11 @@ def plot(lines):
 
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
-    if args.world and not (root := ROOT / f"data/toy-{args.world}").exists():
-        root.parent.mkdir(exist_ok=True)
+    root = ROOT / (f"data/toy-{args.world}" if args.world else sources.TOY_ROOT)
+    if not root.exists() and not args.render:
         world.write(root, args.world)
+    if root.exists() and sources.read_lines(root / "unseen.txt") != world.unseen(args.world):
+        sys.exit(f"error: {root} is not world {args.world}: its unseen classes are others; take it away")
     have = {(line["row"], line["seed"]) for line in finished() if line["world"] == args.world and not args.steps}
     jobs = [(row, seed) for rows in (MAIN, ROWS.keys() - MAIN.keys()) for seed in range(args.seeds)
             for row in args.rows if row in rows and (row, seed) not in have]

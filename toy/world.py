@@ -111,8 +111,13 @@ def draw(rng, max_things=3):
 
 
 def write(root, seed=0, train=TRAIN, val=VAL):
-    """Writes the world under `root` in the layout of one's own data (see data.py); the whole folder or nothing."""
+    """Writes the world under `root` in the layout of one's own data (see sources.py); the whole folder or nothing.
+
+    Raises FileExistsError where something is there before it starts."""
     root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} is there already: take it away, or give another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
@@ -138,5 +143,8 @@ if __name__ == "__main__":
     parser.add_argument("--root", default="data/toy", metavar="FOLDER", help="must not exist (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and unseen classes (default: 0)")
     args = parser.parse_args()
-    write(args.root, args.seed)
+    try:
+        write(args.root, args.seed)
+    except FileExistsError as error:
+        parser.exit(1, f"error: {error}\n")
     print(f"wrote {args.root}: {TRAIN} + {VAL} scenes, {len(CLASSES)} classes, unseen: {', '.join(unseen(args.seed))}")
