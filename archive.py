@@ -1,7 +1,7 @@
 """Files of tensors read as data: nothing in them is run, whoever wrote them. Raises ArchiveError.
 
 Checkpoints and CLIP files come as torch.save's archives, OpenAI's CLIP also as TorchScript, which torch.load refuses to
-read as data (`torch.jit.load` is deprecated and runs code from the file); its reader here knows three kinds of name.
+read as data (`torch.jit.load` is deprecated and runs code from the file); its reader here knows the names in KNOWN.
 """
 import pickle
 import zipfile

@@ -36,10 +36,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import clip
 import data
-import evaluate
 import guard
+import inference
 import losses
 import model as models
 import sources
@@ -137,21 +138,28 @@ def seconds(device, call):
 
 def go_round(device, calls, repeats):
     """{name: call} -> {name: [seconds]}, after one call each to warm up."""
+    for call in calls.values():
+        call()
     times = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in calls.items():
-            times[name] += [seconds(device, call)][:repeat]  # the first one is dropped
+            times[name].append(seconds(device, call))
     return times
 
 
-def peak_memory(device, call):
-    """MB that a call takes at its peak, on top of what is held before it; None where the system does not say."""
+def megabytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
+def peak_memory(device, call, held):
+    """MB at a call's peak: `held`, MB of tensors that are there before it, and what it takes on top of them; None where
+    the system does not say."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return held + (torch.cuda.max_memory_allocated() - before) / 1e6
     if platform.system() != "Linux":
         return None
     resident = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) / 1e3  # noqa: E731
@@ -159,7 +167,7 @@ def peak_memory(device, call):
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = resident("VmRSS:")
     call()
-    return resident("VmHWM:") - before
+    return held + resident("VmHWM:") - before
 
 
 def lower(amp, call):
@@ -224,8 +232,7 @@ def test(args, clip_model, device, amp):
         for K in CLASSES:
             calls[f"{name} {K}"] = call = partial(label_map, net, texts(K, device), image.to(device))
             call()
-            weights = sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6
-            memory[name, K] = None if (peak := peak_memory(device, call)) is None else peak + weights
+            memory[name, K] = peak_memory(device, call, megabytes(net.parameters()))
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if args.dtype == "bf16" else None)
     times = go_round(device, calls | {"product": lambda: matrix @ matrix}, args.repeats)
     reached = 2 * size ** 3 / median(times["product"])
@@ -241,13 +248,15 @@ def test(args, clip_model, device, amp):
         ("model", "GFLOPs", "images/s, 20 classes", "171 classes", "time, 171 for 20", "× DenseCLIP", "× ZegCLIP",
          "of the matrix product's FLOP/s", "peak MB, 20 / 171 classes"), rows),
         f"A {size}² matrix product reaches {reached / 1e9:.0f} GFLOP/s here, in this run.\n"]
+    if args.dtype == "bf16":
+        report.append("Under autocast; evaluate.py and predict.py themselves compute in fp32.\n")
     return {"counts": tower, "peers": peers, "seconds": times, "memory": {f"{n} {K}": m for (n, K), m in memory.items()}
             }, report
 
 
 def label_map(net, t, image):
     net.t = t
-    return evaluate.predict(net, image, torch.ones(len(t), dtype=torch.bool, device=image.device))
+    return inference.predict(net, image, torch.ones(len(t), dtype=torch.bool, device=image.device))
 
 
 def work(count):
@@ -294,8 +303,14 @@ def train_step(seen, net, teacher, images, labels, amp, optimizer):
 
 
 def training(args, clip_model, device, amp):
+    with tempfile.TemporaryDirectory() as folder:
+        return train_bodies(args, clip_model, device, amp, drawn(folder, args.classes))
+
+
+def train_bodies(args, clip_model, device, amp, view):
     B, K = args.batch, args.classes
-    images, labels = load_batch(B, K, device)
+    images, labels = (torch.stack(part).to(device) for part in zip(*(view[i, 0] for i in range(B))))
+    images = images.float() / 255
     calls, parts, memory = {}, {}, {}
     for body in args.bodies:
         for head in ("csh", "linear"):
@@ -309,9 +324,12 @@ def training(args, clip_model, device, amp):
             parts[body, head] = []
             step = partial(train_step, parts[body, head], net, teacher, images, labels, amp, optimizer)
             step()  # the optimiser's moments, the compiler
-            memory[body, head] = peak_memory(device, step)
+            optimizer.zero_grad()
+            moments = [x for state in optimizer.state.values() for x in state.values()]
+            held = megabytes([*net.parameters(), *moments, *(teacher.visual.parameters() if teacher else ())])
+            memory[body, head] = peak_memory(device, step, held)
             calls[body, head] = step
-    calls["data"] = lambda: load_batch(B, K, device)
+    calls["data"] = lambda: [view[i, 0] for i in range(B)]
     times = go_round(device, calls, args.repeats)
     rows = []
     for body in args.bodies:
@@ -328,22 +346,18 @@ def training(args, clip_model, device, amp):
     return {"seconds": flat, "parts": {" ".join(key): value for key, value in parts.items()}}, report
 
 
-def load_batch(B, K, device):
-    """B crops of drawn 640×480 pictures through the real reader and transform -> (B, 3, 512, 512) in [0, 1], labels."""
-    with tempfile.TemporaryDirectory() as folder:
-        blobs = F.interpolate(torch.rand(1, 3, 15, 20), (480, 640), mode="bicubic")[0].clamp(0, 1)
-        Image.fromarray((255 * blobs).byte().permute(1, 2, 0).numpy()).save(f"{folder}/image.jpg")
-        mask = F.interpolate(torch.randint(K, (1, 1, 12, 16)).float(), (480, 640))[0, 0].byte()
-        Image.fromarray(mask.numpy()).save(f"{folder}/mask.png")
-        recipe = sources.Recipe(1, crop=SIDE)
-        source = argparse.Namespace(train=[("x", f"{folder}/image.jpg", f"{folder}/mask.png")], classes=range(K),
-                                    table=lambda training: torch.arange(256).byte())
-        view = data.TrainSet(source, recipe)
-        images, labels = zip(*(view[i, 0] for i in range(B)))
-    return torch.stack(images).to(device).float() / 255, torch.stack(labels).to(device)
+def drawn(folder, K):
+    """The training view of a data set of one drawn 640×480 picture, a JPEG and a PNG mask in `folder`."""
+    blobs = F.interpolate(torch.rand(1, 3, 15, 20), (480, 640), mode="bicubic")[0].clamp(0, 1)
+    Image.fromarray((255 * blobs).byte().permute(1, 2, 0).numpy()).save(f"{folder}/image.jpg")
+    mask = F.interpolate(torch.randint(min(K, sources.INVALID), (1, 1, 12, 16)).float(), (480, 640))[0, 0].byte()
+    Image.fromarray(mask.numpy()).save(f"{folder}/mask.png")
+    source = argparse.Namespace(train=[("x", f"{folder}/image.jpg", f"{folder}/mask.png")], classes=range(K),
+                                table=lambda training: torch.arange(256).byte())
+    return data.TrainSet(source, sources.Recipe(1, crop=SIDE))
 
 
-def loop(args, clip_model, device, amp, steps=120, skip=20):
+def loop(args, clip_model, device, amp, steps=120, skip=20, more=()):
     """train.main as it is, its loader watched; the first `skip` steps and the test after the last one do not count."""
     asked, given = [], []  # when the loop asked for a batch, when it had it
 
@@ -358,15 +372,15 @@ def loop(args, clip_model, device, amp, steps=120, skip=20):
                     return
                 yield batch
 
-    flags = ["--steps", str(steps), "--device", device.type, "--precision", args.dtype]
+    flags = ["--steps", str(steps), "--device", device.type, "--precision", args.dtype, *more]
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "DataLoader", Watched):
         settings = train.parse([*flags, "--out-dir", folder])
         with contextlib.redirect_stdout(None):
             train.main(settings)
-    source = data.open_dataset("toy")
+    source = sources.open_dataset("toy", settings.data_root)
     view = data.TrainSet(source, source.recipe, 0)
     reading = go_round(device, {"batch": lambda: [view[i, 0] for i in range(settings.batch_size)]}, args.repeats)
-    whole = given[steps - 1] - asked[skip]  # the last batch's own step, with its save, does not count
+    whole = given[steps - 1] - given[skip - 1]  # as many waits as steps; the last step, with its save, not counted
     waits = sum(end - start for start, end in zip(asked[skip:steps], given[skip:steps]))
     step, read = whole / (steps - skip), median(reading["batch"])
     report = [f"\n## The embedded default's loop, {steps - skip} steps\n", markdown(
@@ -456,14 +470,14 @@ def plot(curves, path, width=480, height=320, edge=44):
         for side, t in zip(SIDES, curve):
             pen.text((x(side) - 16, y(t) - 14), f"{1e3 * t:.0f}", fill=colour)
         pen.text((x(SIDES[0]) + 8, 8 + 14 * list(curves).index(name)), f"{name}, ms an image over side", fill=colour)
-    evaluate.atomic(path, lambda partial: picture.save(partial, "PNG"))
+    checkpoint.atomic(path, lambda partial: picture.save(partial, "PNG"))
 
 
 PARTS = {"test": test, "train": training, "loop": loop, "growth": growth}
 
 
 def main(args):
-    device = evaluate.pick_device(args.device)
+    device = inference.pick_device(args.device)
     if unknown := {*args.bodies} - {*models.BODIES} or {*args.parts} - {*PARTS}:
         raise models.ModelError(f"{unknown.pop()!r} is none of {', '.join(models.BODIES)}; {', '.join(PARTS)}")
     args.batch = args.batch or (2 if device.type == "cpu" else 16)
@@ -487,8 +501,8 @@ def main(args):
         report += lines
         print("\n".join(lines), f"\n[{part}: {time.time() - start:.0f} s]", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    evaluate.atomic(args.out, lambda path: path.write_text("\n".join(report)))
-    evaluate.atomic(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    checkpoint.atomic(args.out, lambda path: path.write_text("\n".join(report)))
+    checkpoint.atomic(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"wrote {args.out}")
 
 

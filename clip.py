@@ -27,6 +27,7 @@ from archive import ArchiveError, check_tensors, misfit, read_archive
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64  # every OpenAI ViT and text tower: heads = width / 64
+WIDEST = 1024  # ViT-L; wider towers of others (ViT-H, g, G) have other heads
 
 _URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
 MODELS = {  # name: (sha256 of the file, file name)
@@ -120,7 +121,7 @@ class Attention(nn.Module):
     """Multi-head self-attention. `kind` is how the attention weights are made:
 
     qk    softmax(q kᵀ / √d) v, as CLIP was trained
-    vv    softmax(v vᵀ / √d) v: like attends to like (the dense readings of CLIP, e.g. SCLIP, CLIPSurgery)
+    vv    softmax(v vᵀ / √d) v: like attends to like (CLIP Surgery, arXiv 2304.05653)
     self  v: each token attends to itself alone (MaskCLIP, arXiv 2112.01071)
     """
 
@@ -131,18 +132,18 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, kind="qk", causal=False, queries=None):
-        """(B, N, W) -> (B, N, W), or its first `queries` tokens alone: (B, queries, W)"""
+    def forward(self, x, kind="qk", causal=False, first=None):
+        """(B, N, W) -> (B, N, W), or of the first `first` tokens alone: (B, first, W)"""
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3W)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
-        q, like = q[:, :, :queries], v[:, :, :queries]
+        q, own = q[:, :, :first], v[:, :, :first]
         if kind == "qk":
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         elif kind == "vv":
-            y = F.scaled_dot_product_attention(like, v, v)
+            y = F.scaled_dot_product_attention(own, v, v)
         elif kind == "self":
-            y = like
+            y = own
         else:
             raise CLIPError(f"attention kind {kind!r} is unknown: choose qk, vv or self")
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -162,8 +163,8 @@ class ResidualAttentionBlock(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, kind="qk", causal=False, queries=None):
-        x = x[:, :queries] + self.attn(self.ln_1(x), kind, causal, queries)
+    def forward(self, x, kind="qk", causal=False, first=None):
+        x = x[:, :first] + self.attn(self.ln_1(x), kind, causal, first)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -172,17 +173,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
 
-    def forward(self, x, causal=False, queries=None):
+    def forward(self, x, causal=False, first=None):
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, causal=causal)
-        return last(x, causal=causal, queries=queries)
+        return last(x, causal=causal, first=first)
 
 
 def resize_positions(table, h, w):
     """Positional table with the CLS row first, (1 + grid², W) -> the patches' rows at an h×w grid, (h·w, W).
 
-    Antialiased bicubic interpolation, as open_clip does; bilinear differs by about a third on a random table."""
+    Antialiased bicubic interpolation, as open_clip does."""
     grid = round((len(table) - 1) ** 0.5)
     table = table[1:]
     if (h, w) == (grid, grid):
@@ -210,15 +211,15 @@ class VisionTransformer(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, images, tokens=None):
-        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS first; or the first
-        `tokens` of them, so that the last block computes no others."""
+    def forward(self, images, first=None):
+        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches; or of
+        the first `first` tokens alone: the last block then computes no others."""
         x = self.conv1((images - self.mean) / self.std)  # (B, W, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, W)
         cls = self.class_embedding + self.positional_embedding[0]
         x = torch.cat([cls.expand(len(x), 1, -1), x + positions], dim=1)  # (B, 1+N, W)
-        x = self.transformer(self.ln_pre(x), queries=tokens)
+        x = self.transformer(self.ln_pre(x), first=first)
         return self.ln_post(x) @ self.proj
 
 
@@ -244,7 +245,7 @@ class CLIP(nn.Module):
         H, W, patch = *images.shape[-2:], self.visual.patch_size
         if min(H, W) < patch:
             raise CLIPError(f"image is {H}×{W} pixels, one patch needs {patch}×{patch}")
-        return self.visual(images, tokens=1)[:, 0]
+        return self.visual(images, first=1)[:, 0]
 
     def encode_text(self, tokens):
         """int (P, L) from `tokenize` -> (P, D), not normalised; read at the end mark, the largest id."""
@@ -262,19 +263,38 @@ def load(name_or_path):
     """Name in MODELS (downloaded once into CACHE) or a file -> CLIP in fp32, eval mode, frozen, on the CPU.
 
     A file is OpenAI's TorchScript archive, a plain state dict, or a checkpoint with a state dict inside
-    (under "state_dict" or "model"). The architecture is read off the shapes; keys must match exactly.
-    No code inside the file is ever run. Raises CLIPError."""
-    path = _download(name_or_path) if str(name_or_path) in MODELS else Path(name_or_path)
-    if not path.is_file() and (HERE / path).is_file():  # toy/clip.pt, wherever the command is run
-        path = HERE / path
-    if not path.is_file():
-        raise CLIPError(f"no CLIP file {path}: give a file or one of {', '.join(MODELS)}")
+    (under "state_dict" or "model"). The architecture is read off the shapes; keys must match exactly. What no shape
+    tells, QuickGELU and heads of 64, is taken from OpenAI's (see `doubt`). No code inside the file is ever run.
+    Raises CLIPError."""
+    path = _download(name_or_path) if str(name_or_path) in MODELS else _find(name_or_path)
     state = _read_state_dict(path)
     model = _build(state, path)
     if wrong := misfit(state, model.state_dict()):
         raise CLIPError(f"{path} is not a whole CLIP, or another model: {wrong}")
+    if model.visual.width > WIDEST:
+        raise CLIPError(f"{path} has an image tower of width {model.visual.width}, OpenAI's widest is {WIDEST}: how "
+                        "many heads it has is not known")
     model.load_state_dict(state)
     return model.float().eval().requires_grad_(False)
+
+
+def doubt(name_or_path):
+    """What a user should know of a file that is not OpenAI's (or the embedded default's), else None."""
+    if str(name_or_path) in MODELS:
+        return None
+    path, known = _find(name_or_path), {sha256 for sha256, _ in MODELS.values()}
+    if path.resolve() != (HERE / "toy" / "clip.pt").resolve() and file_sha256(path) not in known:
+        return (f"{path} is none of OpenAI's files: taken to have QuickGELU and heads of {HEAD_WIDTH} as theirs. One "
+                "trained with plain GELU (most of LAION's) is read wrongly")
+
+
+def _find(path):
+    path = Path(path)
+    if not path.is_file() and (HERE / path).is_file():  # toy/clip.pt, wherever the command is run
+        path = HERE / path
+    if not path.is_file():
+        raise CLIPError(f"no CLIP file {path}: give a file or one of {', '.join(MODELS)}")
+    return path
 
 
 def _download(name):

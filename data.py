@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from sources import IGNORE, INVALID, NAMES, DataError, open_dataset  # noqa: F401, some only for who imports this
+from sources import IGNORE, INVALID, DataError
 
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
@@ -121,11 +121,11 @@ def augment(image, labels, recipe):
     if recipe.jitter:  # before the resize: mostly fewer pixels, never more than were decoded
         image = distort(image)
     image = TF.resize(image, size, antialias=True)
-    labels = TF.resized_crop(tv_tensors.Mask(labels), top, left, h, w, size)  # nearest, since it is a Mask
+    labels = TF.resized_crop(labels[None], top, left, h, w, size, InterpolationMode.NEAREST)
     if torch.rand(()) < 0.5:
         image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
     pad = [0, 0, recipe.crop - size[1], recipe.crop - size[0]]  # right and below
-    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE).as_subclass(torch.Tensor)
+    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)[0]
 
 
 def distort(image):

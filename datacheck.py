@@ -41,7 +41,7 @@ def check(source, picture=None):
         else:
             kind, wanted = "unseen", sorted(source.unseen)
             view = ValSet(source)
-            for i in chosen:
+            for i in chosen:  # all are read, the last one is shown
                 *samples[part], _ = view[i]
         found = {k for value, k in source.values.items() if sum(masks)[value]}
         if absent := [source.classes[k] for k in wanted if k not in found]:

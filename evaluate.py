@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import guard
 import pictures
+import sources
 from checkpoint import atomic, from_first_process, newest_run
 from inference import load_run, open_run_dataset, pick_device, predict, side_at_test
 from losses import world_size
@@ -33,7 +34,7 @@ UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 
 def confusion(truth, prediction, classes):
     """Label maps -> int64 (K, K), rows truth, columns prediction; IGNORE in the truth is left out."""
-    valid = truth != data.IGNORE
+    valid = truth != sources.IGNORE
     index = truth[valid].long() * classes + prediction[valid].long()
     return torch.bincount(index, minlength=classes ** 2).reshape(classes, classes)
 
@@ -100,7 +101,7 @@ def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
                    classes alone: a far easier task, whose figures compare with no joint one"""
     if unseen_only and not source.unseen:
-        raise data.DataError(f"no class of {source.name} was unseen in training: --unseen-only would score nothing")
+        raise sources.DataError(f"no class of {source.name} was unseen in training: --unseen-only would score nothing")
     if predictions:
         predictions.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank() if world_size() > 1 else 0
@@ -210,7 +211,7 @@ def parse(argv=None):
     group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
     group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
     group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
-    group("--dataset", metavar="NAME", help=f"{', '.join(data.NAMES)} or a folder (default: the run's own)")
+    group("--dataset", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: the run's own)")
     group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
     group("--device", help="cpu or cuda (default: cuda if there is one)")
     group = parser.add_argument_group("how it is scored, what is written").add_argument

@@ -1,4 +1,5 @@
-"""The losses of Chimera-Seg, one function an equation. None of them knows a model; all compute in fp32.
+"""The losses of Chimera-Seg, one function an equation. None of them knows a model. Half-precision input is taken to
+fp32; call them outside autocast, which would undo that.
 
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
 t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) of unit length, τ temperatures.

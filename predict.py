@@ -21,6 +21,7 @@ import data
 import guard
 import inference
 import pictures
+import sources
 from checkpoint import atomic, newest_run, read_checkpoint
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
@@ -44,7 +45,7 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     short = inference.side_at_test(image, config["test"]["sides"])
     labels = inference.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
                                config["test"]["stride"], floor=threshold / model.tau)[gamma]
-    return labels.masked_fill(labels >= len(names), data.IGNORE).byte().cpu(), names
+    return labels.masked_fill(labels >= len(names), sources.IGNORE).byte().cpu(), names
 
 
 def split(classes):
@@ -53,9 +54,9 @@ def split(classes):
     names = [",".join(word.strip() for word in part.split("|") if word.strip()) for part in parts]
     names = [name for name in names if name]
     firsts = [name.split(",")[0] for name in names]
-    if not 0 < len(set(firsts)) == len(names) < data.INVALID:
-        raise data.DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to "
-                             f'{data.INVALID - 1}, each once, such as "cat, sofa|couch"')
+    if not 0 < len(set(firsts)) == len(names) < sources.INVALID:
+        raise sources.DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to "
+                             f'{sources.INVALID - 1}, each once, such as "cat, sofa|couch"')
     return names
 
 
@@ -82,7 +83,7 @@ def find(paths):
     for path in paths:
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise data.DataError(f"no picture in {path}: expected files that end in {', '.join(SUFFIXES)}")
+            raise sources.DataError(f"no picture in {path}: expected files that end in {', '.join(SUFFIXES)}")
         files += inside
     return files
 
@@ -91,7 +92,7 @@ def write(image, labels, names, out, stem, about):
     """The three files of one picture -> {class: share of the pixels}, "none" for those without a class."""
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
-    none = pixels[data.IGNORE] / labels.numel()
+    none = pixels[sources.IGNORE] / labels.numel()
     about |= {"width": labels.shape[1], "height": labels.shape[0], "classes": share, "none": none}
     atomic(out / f"{stem}.overlay.png", lambda path: pictures.overlay(image, labels, names).save(path, "PNG"))
     atomic(out / f"{stem}.mask.png", lambda path: pictures.save_mask(labels.numpy(), path))
@@ -111,7 +112,7 @@ def main(args):
     for file in files:
         try:
             image = data.read_image(file, upright=True)
-        except data.DataError as error:
+        except sources.DataError as error:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             skipped += 1
             continue
@@ -128,7 +129,7 @@ def main(args):
         print(f"{file}: {', '.join(most)}\n"
               f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
-        raise data.DataError(f"{skipped} of {len(files)} pictures skipped")
+        raise sources.DataError(f"{skipped} of {len(files)} pictures skipped")
 
 
 def parse(argv=None):

@@ -29,8 +29,10 @@ import data
 import datacheck
 import evaluate
 import guard
+import inference
 import losses
 import model as models
+import sources
 
 WEIGHT_DECAY = 0.01  # FIELD; none on norms, biases and other vectors
 UNDECAYED = ("relative_position_bias_table", "layer_scale")  # Swin's and ConvNeXt's biases and scales, no vectors there
@@ -47,7 +49,7 @@ NOT_SAVED = ("workers", "device", "deterministic", "out_dir", "resume", "save_ev
 def main(args):
     # ---- processes and device: torchrun sets the environment; without it there is one process
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = evaluate.pick_device(args.device)
+    device = inference.pick_device(args.device)
     if ranks > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=guard.TIMEOUT)
@@ -57,14 +59,14 @@ def main(args):
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
 
     # ---- data, its recipe, and what the flags change of it
-    source = data.open_dataset(args.dataset, args.data_root)
+    source = sources.open_dataset(args.dataset, args.data_root)
     for key in ("clip", "body", "steps", "batch_size", "lr", "crop"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(source.recipe, key))
     args.precision = args.precision or checkpoint.from_first_process(lambda: fast_precision(device))
     for key, (low, high) in RANGES.items():
         if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
-            raise data.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
+            raise sources.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
     torch.manual_seed(args.seed)
     recipe = source.recipe = dataclasses.replace(source.recipe, crop=args.crop)
     warmup = recipe.warmup * args.steps / recipe.steps  # another number of steps, the same shape of the schedule
@@ -75,7 +77,7 @@ def main(args):
         mode = f"strict: {len(source.train) - len(kept)} images that hold unseen classes are dropped"
         source.train = kept
     if args.batch_size % ranks:
-        raise data.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
+        raise sources.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
                              f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     config |= {"classes": source.classes, "unseen": sorted(source.unseen), "templates": list(source.templates),
@@ -89,6 +91,8 @@ def main(args):
 
     # ---- frozen teacher and trainable student; unseen names play no part in training
     teacher = clip.load(args.clip)
+    if first_rank and (remark := clip.doubt(args.clip)):
+        remarks.append(remark)
     config["clip_hash"] = clip.fingerprint(teacher)
     model = models.build(teacher, **config).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)
@@ -275,7 +279,7 @@ def parse(argv=None):
     recipe = "(default: the data set's recipe)"
 
     group = parser.add_argument_group("data and run").add_argument
-    group("--dataset", default="toy", metavar="NAME", help=f"{', '.join(data.NAMES)}, or a folder in the README's "
+    group("--dataset", default="toy", metavar="NAME", help=f"{', '.join(sources.NAMES)}, or a folder in the README's "
           "layout (default: toy)")
     group("--data-root", metavar="FOLDER", help="where the data set lies (default: data/NAME, or the folder itself)")
     group("--strict", action="store_true", help="drop training images that hold unseen pixels, instead of hiding those")

@@ -89,6 +89,26 @@ def test_open_clip_model(tmp_path):
     close(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
+def test_what_no_shape_tells_is_said_or_refused(tmp_path, tiny_clip_file, monkeypatch):
+    """Others' CLIPs have OpenAI's names and shapes with another activation, or wider towers with other heads."""
+    torch.manual_seed(0)
+    plain = open_clip.model.CLIP(512, dict(layers=2, width=768, patch_size=16, image_size=224),
+                                 dict(width=512, heads=8, layers=2), quick_gelu=False).eval().requires_grad_(False)
+    torch.save(plain.state_dict(), tmp_path / "plain-gelu.pt")
+    ours, images = clip.load(tmp_path / "plain-gelu.pt"), torch.rand(2, 3, 224, 224)
+    theirs = plain.encode_image((images - ours.visual.mean) / ours.visual.std)
+    assert (ours.encode_image(images) - theirs).abs().max() > 0.001  # read wrongly, and no shape tells
+    assert "none of OpenAI's files" in clip.doubt(tmp_path / "plain-gelu.pt")
+    assert clip.doubt("ViT-B/16") is None and clip.doubt("toy/clip.pt") is None
+    assert clip.doubt(clip.HERE / "toy" / "clip.pt") is None
+    monkeypatch.setitem(clip.MODELS, "theirs", (clip.file_sha256(tiny_clip_file), "x.pt"))
+    assert clip.doubt(tiny_clip_file) is None
+    wide = clip.CLIP(64, 32, 1, 1280, 16, 77, 100, 64, 1)
+    torch.save(wide.state_dict(), tmp_path / "wide.pt")
+    with pytest.raises(clip.CLIPError, match="width 1280, OpenAI's widest is 1024"):
+        clip.load(tmp_path / "wide.pt")
+
+
 def test_positions_resize_as_open_clip_does():
     table = torch.randn(1 + 14 ** 2, 768)
     model = type("M", (), {"visual": type("V", (), {"grid_size": (24, 20)})})  # what open_clip's function reads
@@ -123,7 +143,7 @@ def test_attention_kinds_against_a_loop():
                 heads.append(sum(weight[j] * v[j, part] for j in range(5)))
             rows.append(torch.cat(heads))
         want = attention.out_proj(torch.stack(rows))
-        assert torch.allclose(attention(x, kind, queries=2)[0], want[:2], atol=1e-5)
+        assert torch.allclose(attention(x, kind, first=2)[0], want[:2], atol=1e-5)
         assert torch.allclose(attention(x, kind)[0], want, atol=1e-6), kind
 
 

@@ -33,7 +33,7 @@ if os.environ.get("FAIL_RANK") == rank:
     def read_image(path):
         seen.append(path)
         if len(seen) > 30:
-            raise data.DataError(f"cannot read the image {{path}} (made up): replace it")
+            raise sources.DataError(f"cannot read the image {{path}} (made up): replace it")
         return read(path)
     data.read_image = read_image
 guard.run_command(train.main, train.parse)

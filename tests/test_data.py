@@ -68,19 +68,19 @@ def test_training_labels_are_indexes_among_the_seen_and_unseen_is_hidden(small_w
             assert train[k] == 255
         else:
             assert [c for c in world.CLASSES if c not in world.unseen(0)][train[k]] == name
-    assert train[255] == val[255] == 255 and (train[31:255] == data.INVALID).all()
+    assert train[255] == val[255] == 255 and (train[31:255] == sources.INVALID).all()
 
 
 def test_image_and_labels_are_cut_alike():
     """A picture whose colour is its own label must still be so after any crop, scale and flip."""
     rng = np.random.RandomState(0)
     labels = torch.from_numpy(np.kron(rng.randint(0, 250, (6, 8)), np.ones((20, 20))).astype(np.uint8))
-    image = data.tv_tensors.Image(labels.expand(3, -1, -1).clone())
+    image = labels.expand(3, -1, -1).clone()
     for crop, scale in ((64, (1.0, 2.0)), (200, (0.5, 0.6))):
         recipe = sources.Recipe(1, crop=crop, scale=scale, jitter=False)
         for seed in range(20):
             torch.manual_seed(seed)
-            out, cut = data.augment(image, data.tv_tensors.Mask(labels), recipe)
+            out, cut = data.augment(image, labels, recipe)
             assert out.shape == (3, crop, crop) and cut.shape == (crop, crop)
             padded = cut == 255
             assert padded.any() == (crop == 200)
@@ -95,10 +95,10 @@ def test_image_and_labels_are_cut_alike():
 def test_crops_with_too_much_of_one_class_are_drawn_again():
     labels = torch.zeros(100, 400, dtype=torch.uint8)
     labels[:, 350:] = 1
-    image = data.tv_tensors.Image(torch.zeros(3, 100, 400, dtype=torch.uint8))
+    image = torch.zeros(3, 100, 400, dtype=torch.uint8)
     recipe = sources.Recipe(1, crop=100, scale=(1.0, 1.0), jitter=False)
     torch.manual_seed(0)
-    mixed = [data.augment(image, data.tv_tensors.Mask(labels), recipe)[1].float().mean().item() for _ in range(200)]
+    mixed = [data.augment(image, labels, recipe)[1].float().mean().item() for _ in range(200)]
     good = [m for m in mixed if 0.25 <= m]
     assert len(good) > 100  # one draw alone would do so in 25 of 301 places: 17 times
 
@@ -161,7 +161,7 @@ BROKEN = {
 def test_broken_folders_say_what_is_wrong(copy, case):
     spoil, message = BROKEN[case]
     spoil(copy)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(sources.DataError, match=message) as error:
         source = sources.open_folder(copy, "copy", world.TEMPLATES, sources.TOY)
         train = data.TrainSet(source, sources.TOY)
         for i in range(12):

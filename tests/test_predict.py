@@ -177,7 +177,7 @@ def test_synonyms_others_and_threshold(run, photo):
     kept = ask("sofa|couch, cat", threshold=middle)[0][:, :36] != 255
     assert 0 < kept.float().mean() < 1 and torch.equal(kept, cosine[:, :36] >= middle)
     for wrong in ("", "cat, cat", [f"thing {i}" for i in range(254)]):
-        with pytest.raises(data.DataError, match="different ones: expected 1 to 253"):
+        with pytest.raises(sources.DataError, match="different ones: expected 1 to 253"):
             ask(wrong)
 
 

@@ -11,6 +11,7 @@ import torch
 import benchmark
 import clip
 import data
+from toy import world
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,13 @@ def test_the_command_measures_and_writes(tmp_path):
     assert seconds["mobilenet-v2 csh"] > seconds["mobilenet-v2 linear"]  # the teacher alone costs more than this
 
 
-def test_waiting_for_data_is_seen(monkeypatch):
+def test_memory_is_what_a_call_takes_and_what_is_held():
+    before = torch.zeros(10 ** 6)
+    peak = benchmark.peak_memory(torch.device("cpu"), lambda: torch.ones(8 * 10 ** 6), benchmark.megabytes([before]))
+    assert peak is None or 34 < peak < 40  # 4 MB and 32 MB
+
+
+def test_waiting_for_data_is_seen(monkeypatch, tmp_path):
     """Reading made slow on purpose must show as waiting."""
     read = data.TrainSet.__getitem__
 
@@ -55,10 +62,11 @@ def test_waiting_for_data_is_seen(monkeypatch):
         return read(self, at)
 
     monkeypatch.setattr(data.TrainSet, "__getitem__", slow)
-    monkeypatch.setattr(benchmark.evaluate, "evaluate", lambda *_: {"gamma_0": dict.fromkeys(
+    monkeypatch.setattr(benchmark.train.evaluate, "evaluate", lambda *_: {"gamma_0": dict.fromkeys(
         ("mIoU_seen", "mIoU_unseen", "hIoU"), 0.0)})
-    monkeypatch.setattr(benchmark.evaluate, "report", lambda *_: None)
+    monkeypatch.setattr(benchmark.train.evaluate, "report", lambda *_: None)
     args = argparse.Namespace(dtype="fp32", repeats=1)
-    numbers, _ = benchmark.loop(args, None, torch.device("cpu"), None, steps=6, skip=3)
+    world.write(tmp_path / "toy", train=40, val=4)
+    numbers, _ = benchmark.loop(args, None, torch.device("cpu"), None, 6, 3, ["--data-root", str(tmp_path / "toy")])
     assert 32 * 0.1 < numbers["reading"][0] < numbers["step"] * 4
     assert 0.2 < numbers["waiting"] < 1  # two loader processes: 1.6 s a step against the step's own work

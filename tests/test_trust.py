@@ -21,6 +21,7 @@ import evaluate
 import guard
 import losses
 import model as models
+import sources
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -229,7 +230,7 @@ def test_pillow_starts_no_program(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(path, "EPS")
     assert Image.open(path).format == "EPS"
     for read in (data.read_image, data.read_values):
-        with pytest.raises(data.DataError, match="a.png"):
+        with pytest.raises(sources.DataError, match="a.png"):
             read(path)
     assert not started
 
@@ -237,7 +238,7 @@ def test_pillow_starts_no_program(tmp_path, monkeypatch):
 def test_pipes_and_folders_among_the_data_do_not_hang(own, tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
-    assert data.open_dataset(str(own)) and not __import__("sources").list_files(tmp_path, (".png",))
+    assert sources.open_dataset(str(own)) and not sources.list_files(tmp_path, (".png",))
 
 
 # ---------------------------------------------------------------- resuming

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import clip
 import data
-import evaluate
 import guard
+import inference
 import losses
 import model as models
 import pictures
+import sources
 import train
 from toy import world
 
@@ -37,7 +39,7 @@ class Probe:
     """
 
     def __init__(self, args):
-        self.source = data.open_dataset(args.dataset, args.data_root)
+        self.source = sources.open_dataset(args.dataset, args.data_root)
         view = data.ValSet(self.source)
         pairs = [view[i] for i in range(min(IMAGES, len(view)))]
         self.images = torch.stack([image for image, _, _ in pairs]).float() / 255
@@ -104,7 +106,7 @@ class Probe:
 def similarity_maps(runs, source, images=5):
     """{title: run folder} -> a sheet: a test image with a mark on an unseen thing, then z_i · z_mark under each run."""
     view, rows = data.ValSet(source), []
-    loaded = [evaluate.load_run(folder / "last.pt", torch.device("cpu"))[0] for folder in runs.values()]
+    loaded = [inference.load_run(folder / "last.pt", torch.device("cpu"))[0] for folder in runs.values()]
     things = torch.tensor([k for k in sorted(source.unseen) if k < len(world.THINGS)])
     for image, labels, _ in (view[i] for i in range(len(view))):
         inside = torch.isin(labels, things).float()
@@ -128,8 +130,8 @@ def similarity_maps(runs, source, images=5):
 
 def main(args):
     folders = {kind: args.runs / f"{row}-world0-seed0" for kind, row in MAPS.items()}
-    sheet = similarity_maps(folders, data.open_dataset("toy"))
-    evaluate.atomic(args.out, lambda path: sheet.save(path, "PNG"))
+    sheet = similarity_maps(folders, sources.open_dataset("toy"))
+    checkpoint.atomic(args.out, lambda path: sheet.save(path, "PNG"))
     print(f"wrote {args.out}")
 
 

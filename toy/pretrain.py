@@ -1,6 +1,6 @@
 """Trains the tiny CLIP of the embedded default, toy/clip.pt, on scenes and their captions alone: no mask is used.
 
-Names of unseen classes occur in captions, as they do in the real CLIP's; which classes are unseen is not used here.
+Names of unseen classes occur in captions, as in the real CLIP's; which are unseen plays no part but in the scores.
 The committed file was made in stages while the world changed: toy/clip.json has the commands.
 Saved in OpenAI's state-dict format in fp16, so `clip.load` reads it like any other CLIP.
 
