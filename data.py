@@ -121,7 +121,8 @@ def augment(image, labels, recipe):
     if recipe.jitter:  # before the resize: mostly fewer pixels, never more than were decoded
         image = distort(image)
     image = TF.resize(image, size, antialias=True)
-    labels = TF.resized_crop(labels[None], top, left, h, w, size, InterpolationMode.NEAREST)
+    # plain "nearest" reads half an output pixel to the upper left of where the image was read
+    labels = TF.resized_crop(labels[None], top, left, h, w, size, InterpolationMode.NEAREST_EXACT)
     if torch.rand(()) < 0.5:
         image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
     pad = [0, 0, recipe.crop - size[1], recipe.crop - size[0]]  # right and below

@@ -92,6 +92,18 @@ def test_image_and_labels_are_cut_alike():
             assert (out[0][flat] == cut[flat]).float().mean() > 0.98
 
 
+def test_labels_lie_where_the_image_lies():
+    """On a ramp the image tells where each pixel was read: the labels must be from there, at any scale."""
+    ramp = torch.arange(100, dtype=torch.uint8).expand(100, 100).contiguous()
+    for scale in (0.5, 0.75, 1.0, 1.5, 2.0):
+        recipe = sources.Recipe(1, crop=64, scale=(scale * 100 / 64,) * 2, jitter=False)
+        torch.manual_seed(0)
+        image, labels = data.augment(ramp.expand(3, -1, -1), ramp, recipe)
+        inside = (labels > 2) & (labels < 97)
+        shift = (labels.float() - image[0].float())[inside].mean() * scale  # in pixels of the crop
+        assert shift.abs() < 0.26, (scale, shift)  # the image is rounded to whole pixels of the source
+
+
 def test_crops_with_too_much_of_one_class_are_drawn_again():
     labels = torch.zeros(100, 400, dtype=torch.uint8)
     labels[:, 350:] = 1
