@@ -311,6 +311,7 @@ def train_bodies(args, clip_model, device, amp, view):
     B, K = args.batch, args.classes
     images, labels = (torch.stack(part).to(device) for part in zip(*(view[i, 0] for i in range(B))))
     images = images.float() / 255
+    labels = data.split_padding(labels, (1, 1))[0]
     calls, parts, memory = {}, {}, {}
     for body in args.bodies:
         for head in ("csh", "linear"):

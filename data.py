@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import InterpolationMode
@@ -16,7 +17,8 @@ from torchvision.transforms.v2 import functional as TF
 from sources import IGNORE, INVALID, DataError
 
 PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
-MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class are drawn again, ten times at most
+PADDING = INVALID  # label of such pixels, which no mask has, until `split_padding`
+MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class, or with none, are drawn again, ten times at most
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillow would start programs
 
 
@@ -103,7 +105,7 @@ def _without(values, files):
 
 
 def augment(image, labels, recipe):
-    """Random scale, crop, flip and photometric distortion of image and labels together, padded with IGNORE.
+    """Random scale, crop, flip and photometric distortion of image and labels together, padded with PADDING.
 
     The crop is cut before it is resized: the same picture as resizing first, for a fraction of the work."""
     H, W = labels.shape
@@ -114,7 +116,7 @@ def augment(image, labels, recipe):
         top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
         part = labels[top:top + h, left:left + w]
         count = torch.bincount(part[::2, ::2].flatten().long(), minlength=256)[:INVALID]
-        if count.max() <= MAX_ONE_CLASS * count.sum():
+        if 0 < count.max() <= MAX_ONE_CLASS * count.sum():
             break
     size = [min(round(h * factor), recipe.crop), min(round(w * factor), recipe.crop)]
     image = TF.crop(image, top, left, h, w)
@@ -126,7 +128,15 @@ def augment(image, labels, recipe):
     if torch.rand(()) < 0.5:
         image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
     pad = [0, 0, recipe.crop - size[1], recipe.crop - size[0]]  # right and below
-    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=IGNORE)[0]
+    return TF.pad(image, pad, fill=PAD_COLOUR), TF.pad(labels, pad, fill=PADDING)[0]
+
+
+def split_padding(labels, grid):
+    """Labels (B, H, W) of crops, the size (h, w) of a grid -> labels with IGNORE in the padding, and bool (B, h·w): the
+    positions that lie in the picture."""
+    padding = labels == PADDING
+    outside = F.interpolate(padding[:, None].float(), grid, mode="nearest-exact").flatten(1)
+    return labels.masked_fill(padding, IGNORE), outside == 0
 
 
 def distort(image):

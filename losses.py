@@ -138,18 +138,28 @@ def k_at(step, steps, positions, end_share=0.1, schedule="linear"):
     return max(round(share * positions), 1)
 
 
-def global_prototype(z, c, k):
-    """p = normalise(mean of z_i over S_t), S_t the k positions with the largest a_i = z_i · c. -> (B, D)"""
+def select(a, k, inside=None):
+    """S_t, the k positions of largest a (B, N), or all that are `inside` (bool (B, N)) if fewer: -> (B, N), 1 or 0."""
+    if inside is None:
+        inside = torch.ones_like(a, dtype=torch.bool)
+    chosen = a.masked_fill(~inside, -torch.inf).topk(k, dim=1).indices
+    return torch.zeros_like(a).scatter(1, chosen, 1) * inside
+
+
+def global_prototype(z, c, k, inside=None):
+    """p = normalise(Σ z_i over S_t), S_t the k positions with the largest a_i = z_i · c. -> (B, D)"""
     z = z.flatten(2)  # (B, D, N)
     a = torch.einsum("bdn,bd->bn", z.detach(), c)
-    chosen = a.topk(k, dim=1).indices  # (B, k)
-    return F.normalize(z.gather(2, chosen[:, None].expand(-1, z.shape[1], -1)).mean(2), dim=1)
+    return F.normalize(torch.einsum("bdn,bn->bd", z, select(a, k, inside)), dim=1)
 
 
-def sgd_loss(z, c, k, bank=None, tau=TAU):
-    """L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g); j over the batch of all ranks and `bank` (M, D)."""
+def sgd_loss(z, c, k, bank=None, tau=TAU, inside=None):
+    """L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g); j over the batch of all ranks and `bank` (M, D).
+
+    inside: bool (B, N), the positions that show the picture. The grey around a small one is like c for what it shows,
+    and would be half of what is selected at the end (OURS)."""
     z, c = fp32(z), fp32(c)
-    p = global_prototype(z, c, k)
+    p = global_prototype(z, c, k, inside)
     keys = gather(c) if bank is None else torch.cat([gather(c), bank])  # (ranks·B + M, D)
     rank = dist.get_rank() if world_size() > 1 else 0
     target = torch.arange(len(p), device=p.device) + rank * len(p)

@@ -168,16 +168,17 @@ def main(args):
         for group, full in zip(optimizer.param_groups, full_lr):
             group["lr"] = full * warmup_poly(step, args.steps, warmup)
         images = images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W)
-        labels = labels.to(device, non_blocking=True)  # (B, H, W), index among the seen classes, or 255
+        labels = labels.to(device, non_blocking=True)  # (B, H, W), index among the seen classes or 255
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = student(images)  # (B, D, h, w)
             c = cls_embeddings(teacher, images) if args.sgd_weight else None  # (B, D)
-        k = losses.k_at(step, args.steps, z.shape[2] * z.shape[3], args.k_end, args.k_schedule)
+        labels, inside = data.split_padding(labels, z.shape[2:])  # (B, N), the positions that are not padding
+        k = losses.k_at(step, args.steps, inside.shape[1], args.k_end, args.k_schedule)
         loss_seg = segmentation_loss(z, model.t, labels, model.tau)
         loss_sgd = loss_sam = torch.zeros((), device=device)
         if args.sgd_weight:
-            loss_sgd = losses.sgd_loss(z, c, k, bank)
+            loss_sgd = losses.sgd_loss(z, c, k, bank, inside=inside)
         if args.sam_weight:
             loss_sam = losses.sam_loss(z, model.t, labels, model.tau)
         loss = loss_seg + args.sgd_weight * loss_sgd + args.sam_weight * loss_sam

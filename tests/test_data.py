@@ -82,7 +82,7 @@ def test_image_and_labels_are_cut_alike():
             torch.manual_seed(seed)
             out, cut = data.augment(image, labels, recipe)
             assert out.shape == (3, crop, crop) and cut.shape == (crop, crop)
-            padded = cut == 255
+            padded = cut == data.PADDING
             assert padded.any() == (crop == 200)
             assert (out[:, padded] == torch.tensor(data.PAD_COLOUR)[:, None]).all()
             flat = ~padded
@@ -102,6 +102,29 @@ def test_labels_lie_where_the_image_lies():
         inside = (labels > 2) & (labels < 97)
         shift = (labels.float() - image[0].float())[inside].mean() * scale  # in pixels of the crop
         assert shift.abs() < 0.26, (scale, shift)  # the image is rounded to whole pixels of the source
+
+
+def test_padding_is_told_from_what_is_hidden():
+    """A picture of 30 rows and 22 columns in a crop of 40, a grid of 10: position (i, j) is read at pixel 4i + 2."""
+    labels = torch.full((1, 40, 40), data.PADDING, dtype=torch.uint8)
+    labels[0, :30, :22] = 7
+    labels[0, :10] = labels[0, :10].where(labels[0, :10] == data.PADDING, sources.IGNORE)
+    told, inside = data.split_padding(labels, (10, 10))
+    for i in range(10):
+        for j in range(10):
+            assert inside[0, 10 * i + j] == (4 * i + 2 < 30 and 4 * j + 2 < 22)
+    assert told.unique().tolist() == [7, 255] and (told == 7).sum() == 20 * 22
+    assert data.split_padding(torch.full((2, 8, 8), 255), (2, 2))[1].all()  # nothing to learn, but all of it picture
+
+
+def test_crops_that_show_no_class_are_drawn_again():
+    labels = torch.full((100, 400), sources.IGNORE, dtype=torch.uint8)
+    labels[:50, 180:200], labels[50:, 180:200] = 0, 1
+    recipe = sources.Recipe(1, crop=100, scale=(1.0, 1.0), jitter=False)
+    torch.manual_seed(0)
+    image = torch.zeros(3, 100, 400, dtype=torch.uint8)
+    empty = sum((data.augment(image, labels, recipe)[1] == 255).all().item() for _ in range(200))
+    assert empty < 10  # one draw alone would miss in 182 of 301 places: 121 times
 
 
 def test_crops_with_too_much_of_one_class_are_drawn_again():

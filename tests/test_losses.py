@@ -97,6 +97,25 @@ def test_sgd_is_infonce_of_the_most_similar_features(k):
     assert losses.sgd_loss(z, c, k, bank, 0.07).item() == pytest.approx((total / 3).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_sgd_selects_inside_the_picture(k):
+    """Padding is left out though most similar of all; of a picture of fewer than k positions all are taken."""
+    z, _, c, _ = world()
+    inside = torch.ones(3, 3, 5, dtype=torch.bool)
+    inside[0, :, 3:] = inside[1, 2:] = False  # 9, 10 and 15 of 15 positions
+    z[0, :, :, 4] = c[0][:, None]
+    z.requires_grad_()
+    total = 0.0
+    for b in range(3):
+        features = [z[b, :, i, j] for i in range(3) for j in range(5) if inside[b, i, j]]
+        p = sum(sorted(features, key=lambda f: -(f @ c[b]).item())[:k])
+        total -= (c @ (p / p.norm()) / 0.07).log_softmax(0)[b]
+    loss = losses.sgd_loss(z, c, k, inside=inside.flatten(1))
+    assert loss.item() == pytest.approx((total / 3).item(), rel=1e-9)
+    loss.backward()
+    assert z.grad.movedim(1, -1)[~inside].abs().max() == 0 and z.grad.abs().max() > 0
+
+
 def test_sgd_reaches_only_the_chosen_positions():
     z, _, c, _ = world()
     z.requires_grad_()

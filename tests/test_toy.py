@@ -164,19 +164,35 @@ def test_a_world_that_is_another_one_is_refused(small_world, tmp_path, monkeypat
 
 
 def test_variants_change_what_they_say(tiny_clip, monkeypatch):
-    for module, name in ((models, "build"), (losses, "global_prototype"), (losses, "sgd_loss"), (losses, "sam_loss")):
+    for module, name in ((models, "build"), (losses, "select"), (losses, "sgd_loss"), (losses, "sam_loss"),
+                         (losses, "BANK")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    z = F.normalize(torch.randn(3, 8, 4, 4), dim=1)
-    c = F.normalize(torch.randn(3, 8), dim=1)
-    own = losses.global_prototype(z, c, 5)
-    study.VARIANTS["random-k"](None)
-    assert not torch.allclose(losses.global_prototype(z, c, 5), own)
-    assert torch.allclose(losses.global_prototype(z, c, 16), F.normalize(z.flatten(2).mean(2), dim=1), atol=1e-6)
+    build = models.build
+    z, t = F.normalize(torch.randn(3, 8, 4, 4), dim=1), F.normalize(torch.randn(5, 8), dim=1)
+    c, labels = F.normalize(torch.randn(3, 8), dim=1), torch.randint(5, (3, 8, 8))
     study.VARIANTS["per-feature"](None)
     by_hand = [1 - sum(sorted((z[b, :, y, x] @ c[b]).item() for y in range(4) for x in range(4))[-5:]) / 5
                for b in range(3)]
     assert losses.sgd_loss(z, c, 5).item() == pytest.approx(sum(by_hand) / 3, abs=1e-5)
+    own, inside = losses.global_prototype(z, c, 5), torch.arange(16).expand(3, -1) < 9
+    study.VARIANTS["random-k"](None)
+    assert not torch.allclose(losses.global_prototype(z, c, 5), own)
+    assert torch.allclose(losses.global_prototype(z, c, 16), F.normalize(z.flatten(2).mean(2), dim=1), atol=1e-6)
+    a = torch.einsum("bdn,bd->bn", z.flatten(2), c)
+    assert all((losses.select(a, 5, inside) * inside).sum(1).eq(5).all() for _ in range(20))
+    bce = losses.sam_loss(z, t, labels, kind="bce")
+    study.VARIANTS["sam-bce"](None)
+    assert losses.sam_loss(z, t, labels, 0.07) == bce
+    study.VARIANTS["no-bank"](None)
+    assert losses.push(torch.ones(4, 8), c, losses.BANK).shape == (0, 8)
+    args = argparse.Namespace()
+    study.VARIANTS["positional"](args)
+    assert models.build(tiny_clip, **vars(args)).head.clip.positional_embedding is not None
     study.VARIANTS["unfrozen"](None)
     assert all(p.requires_grad for p in models.build(tiny_clip).parameters())
     study.VARIANTS["gain-1"](None)
     assert models.build(tiny_clip).head.adapter.norm.weight.unique().tolist() == [1]
+    for row in ("linear-plain", "linear-plain-seg"):
+        models.build = build
+        study.VARIANTS[row](None)
+        assert isinstance(models.build(tiny_clip, head="linear").head.adapter.norm, torch.nn.Identity)

@@ -274,12 +274,12 @@ def test_stopped_and_resumed_equals_uninterrupted(before, after, flags, tmp_path
     assert run_inside(train, *first, "--out-dir", tmp_path / "whole")[0] == 0
     sgd_loss, calls = losses.sgd_loss, []
 
-    def interrupt(*args):
+    def interrupt(*args, **more):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat it
-        return sgd_loss(*args)
+        return sgd_loss(*args, **more)
 
     monkeypatch.setattr(losses, "sgd_loss", interrupt)
     out, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)

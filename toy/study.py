@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import guard
@@ -101,14 +100,15 @@ def of_built(change):
     models.build = changed
 
 
-def random_prototype(z, c, k):
-    z = z.flatten(2)  # (B, D, N)
-    chosen = torch.rand(z[:, 0].shape, device=z.device).topk(k, dim=1).indices
-    return F.normalize(z.gather(2, chosen[:, None].expand(-1, z.shape[1], -1)).mean(2), dim=1)
+def random_selection():
+    select = losses.select
+    losses.select = lambda a, *args: select(torch.rand_like(a), *args)
 
 
-def per_feature_loss(z, c, k, bank=None, tau=None):
-    return 1 - torch.einsum("bdn,bd->bn", z.flatten(2), c).topk(k, dim=1).values.mean()
+def per_feature_loss(z, c, k, bank=None, tau=None, inside=None):
+    a = torch.einsum("bdn,bd->bn", z.flatten(2), c)
+    chosen = losses.select(a.detach(), k, inside)
+    return 1 - (a * chosen).sum() / chosen.sum()
 
 
 def without_norm(_):
@@ -122,7 +122,7 @@ VARIANTS = {  # row: what it does before train.main(args)
     "unfrozen": lambda _: of_built(lambda model: model.head.clip.requires_grad_(True)),
     "gain-1": lambda _: of_built(lambda model: torch.nn.init.ones_(model.head.adapter.norm.weight)),
     "no-bank": lambda _: setattr(losses, "BANK", 0),
-    "random-k": lambda _: setattr(losses, "global_prototype", random_prototype),
+    "random-k": lambda _: random_selection(),
     "per-feature": lambda _: setattr(losses, "sgd_loss", per_feature_loss),
     "sam-bce": lambda _: setattr(losses, "sam_loss", partial(losses.sam_loss, kind="bce")),
 }
