@@ -36,8 +36,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
+import bodies
 import checkpoint
 import clip
+import clip_head
 import data
 import guard
 import inference
@@ -192,23 +194,23 @@ def markdown(header, rows):
 # ---------------------------------------------------------------- parts
 
 
-def counts(visual, device, names=models.BODIES):
+def counts(visual, device, names=bodies.BODIES):
     """-> {body: parameters and GFLOPs}, {"peer classes": GFLOPs}; exact, one image each."""
-    image, bodies, peers = torch.rand(1, 3, SIDE, SIDE, device=device), {}, {}
+    image, ours, peers = torch.rand(1, 3, SIDE, SIDE, device=device), {}, {}
     for name in names:
-        body = models.build_body(name, "none")
-        net = models.ChimeraSeg(body, models.CSH(visual, body.out_channels), None, losses.TAU).to(device).eval()
+        body = bodies.build_body(name, "none")
+        net = models.ChimeraSeg(body, clip_head.CSH(visual, body.out_channels), None, losses.TAU).to(device).eval()
         flops = gflops(net, image)
         encoder = flops.get("ChimeraSeg.body.backbone", flops["ChimeraSeg.body"])
-        bodies[name] = {"trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
-                        "total": sum(p.numel() for p in net.parameters()), "encoder": encoder,
-                        "decoder": flops["ChimeraSeg.body"] - encoder, "head": flops["ChimeraSeg.head"]}
+        ours[name] = {"trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
+                      "total": sum(p.numel() for p in net.parameters()), "encoder": encoder,
+                      "decoder": flops["ChimeraSeg.body"] - encoder, "head": flops["ChimeraSeg.head"]}
     for peer in (DenseCLIP, ZegCLIP):
         net = peer(visual).to(device).eval()
         for K in CLASSES:
             net.t = texts(K, device)
             peers[f"{peer.__name__} {K}"] = gflops(net.logits, image)["Global"]
-    return bodies, peers
+    return ours, peers
 
 
 def test(args, clip_model, device, amp):
@@ -479,8 +481,8 @@ PARTS = {"test": test, "train": training, "loop": loop, "growth": growth}
 
 def main(args):
     device = inference.pick_device(args.device)
-    if unknown := {*args.bodies} - {*models.BODIES} or {*args.parts} - {*PARTS}:
-        raise models.ModelError(f"{unknown.pop()!r} is none of {', '.join(models.BODIES)}; {', '.join(PARTS)}")
+    if unknown := {*args.bodies} - {*bodies.BODIES} or {*args.parts} - {*PARTS}:
+        raise bodies.ModelError(f"{unknown.pop()!r} is none of {', '.join(bodies.BODIES)}; {', '.join(PARTS)}")
     args.batch = args.batch or (2 if device.type == "cpu" else 16)
     amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,  # noqa: E731
@@ -511,7 +513,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="PART", help="test, train, loop, growth")
     parser.add_argument("--bodies", nargs="+", default=["mobilenet-v2", "segnext-t", "resnet50", "segnext-b"],
-                        metavar="BODY", help=f"of {', '.join(models.BODIES)} (default: four of them)")
+                        metavar="BODY", help=f"of {', '.join(bodies.BODIES)} (default: four of them)")
     parser.add_argument("--repeats", type=int, default=10, help="of each measurement, all in turn (default: 10)")
     parser.add_argument("--batch", type=int, help="images a training step (default: 2 on a CPU, 16 on CUDA)")
     parser.add_argument("--classes", type=int, default=20, help="in training (default: 20)")

@@ -114,7 +114,7 @@ def build_body(name, weights="default", stride=None):
     if (stride := stride or STRIDE) not in (8, 16):
         raise ModelError(f"no output stride {stride}: choose 8 or 16")
     if name in SEGNEXT:
-        body, url = segnext.SegNeXt(SEGNEXT[name], stride), segnext.WEIGHTS[SEGNEXT[name]][0]
+        body, url = segnext.SegNeXt(SEGNEXT[name], stride), segnext.WEIGHTS[SEGNEXT[name]]
     else:
         body, url = TorchvisionBody(name, stride), models.get_model_weights(TORCHVISION[name][0]).DEFAULT.url
     if weights == "none":

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from archive import check_tensors, read_archive
+from bodies import ModelError
 from losses import world_size
-from model import ModelError
 
 MAY_CHANGE = ("data_root", "lr", "clip", "precision")  # by --resume, with a remark; others would make another run
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "gamma": float | None, "config": dict}
@@ -85,7 +85,7 @@ def read_checkpoint(path):
     try:
         return _read(path)
     except ModelError as error:
-        if path.name != "last.pt" or not former.is_file():
+        if path.name != "last.pt" or not path.is_file() or not former.is_file():  # without it former is an older run's
             raise
         step = _read(former)["step"]
         raise ModelError(f"{error}; the one before it, {former} of step {step}, is whole: rename it to last.pt to go "

@@ -193,13 +193,19 @@ def main(args):
     model, config, gamma = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     model.set_classes(source.classes, source.templates)
+    first_rank = world_size() == 1 or dist.get_rank() == 0
+    if first_rank and source.classes != config["classes"]:
+        names = [source.classes[k] for k in sorted(source.unseen)]
+        print(f"{len(names)} of {len(source.classes)} classes are unseen: no word of them was trained on by name"
+              f"{': ' * bool(names)}{', '.join(names)}", flush=True)
     if args.gamma is not None:
         gamma = args.gamma
     elif gamma is None or other:  # an unfinished run, or other classes
         gamma = from_first_process(lambda: calibrate(model, source, device))
     result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
-    result |= {"dataset": source.name, "checkpoint": str(checkpoint)}
-    if world_size() == 1 or dist.get_rank() == 0:
+    result |= {"dataset": source.name, "checkpoint": str(checkpoint),
+               "unseen": [source.classes[k] for k in sorted(source.unseen)]}
+    if first_rank:
         inside = Path(other).resolve().name if other else "."  # leaves the run's own figures alone
         report(result, model, source, device, args.out_dir or checkpoint.parent / inside)
     return result

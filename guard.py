@@ -13,12 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import bodies
 import clip
-import model as models
 import sources
 from losses import world_size
 
-ERRORS = (clip.CLIPError, sources.DataError, models.ModelError)
+ERRORS = (clip.CLIPError, sources.DataError, bodies.ModelError)
 TIMEOUT = timedelta(hours=1)  # of processes that wait for another: --strict reads every mask
 SIGNALS = []  # those that Signals took note of
 

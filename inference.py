@@ -3,13 +3,13 @@
 Test needs the body, the head and cached text embeddings; CLIP's image tower beyond the head's blocks is dropped.
 Symbols: K classes, H×W pixels, h×w the dense grid.
 """
-import dataclasses
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import bodies
 import clip
 import model as models
 import sources
@@ -30,7 +30,7 @@ def load_run(checkpoint, device, clip_file=None):
     clip_file = clip_file or config["clip"]
     clip_model = clip.load(clip_file)
     if clip.fingerprint(clip_model) != config["clip_hash"]:
-        raise models.ModelError(f"{clip_file} is not the CLIP that {checkpoint} was trained with: give --clip")
+        raise bodies.ModelError(f"{clip_file} is not the CLIP that {checkpoint} was trained with: give --clip")
     model = models.build(clip_model, **{**config, "body_weights": "none"})
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])
@@ -47,14 +47,14 @@ def trained_on(config, classes):
 
 
 def open_run_dataset(config, name=None, root=None):
-    """The run's own data set, or another: labelled at the sizes of the run's training, unseen what was unseen there.
+    """The run's own data set, or another: with the sizes, prompts and unseen classes of the run's training.
 
     Raises DataError."""
     own = None if name else config["data_root"]
     if own and not root and not Path(own).is_dir():
         raise sources.DataError(f"the run's data set is no longer in {own}: give --data-root")
     source = sources.open_dataset(name or config["dataset"], root or own)
-    source.recipe = dataclasses.replace(source.recipe, crop=config["crop"])
+    source.recipe, source.templates = source.recipe.at_crop(config["crop"]), tuple(config["templates"])
     source.unseen = {k for k, trained in enumerate(trained_on(config, source.classes)) if not trained}
     return source
 
@@ -63,10 +63,10 @@ def pick_device(name=None):
     """cpu, or this process's GPU."""
     name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.split(":")[0] not in BLOCK:
-        raise models.ModelError(f"--device {name}: expected cpu or cuda")
+        raise bodies.ModelError(f"--device {name}: expected cpu or cuda")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise models.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
+        raise bodies.ModelError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import clip
 from archive import misfit
-from bodies import BODIES, ModelError, build_body  # noqa: F401, the first for train.py's flags
+from bodies import ModelError, build_body
 from clip_head import CSH, LinearHead
 from losses import pixel_text_logits
 

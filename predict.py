@@ -68,9 +68,14 @@ def written(run):
 
 
 @lru_cache(1)
-def load(checkpoint, _, classes, other, device, clip_file):
+def load_run(checkpoint, _, device, clip_file):
+    return inference.load_run(checkpoint, device, clip_file)
+
+
+@lru_cache(1)
+def load(checkpoint, written_at, classes, other, device, clip_file):
     """-> model that tells the classes apart, their names, bool (K,) which the run trained on, the run's config."""
-    model, config, _ = inference.load_run(checkpoint, device, clip_file)
+    model, config, _ = load_run(checkpoint, written_at, device, clip_file)
     classes = list(classes or config["classes"])
     model.set_classes(classes + [OTHER] * other, config["templates"])
     seen = inference.trained_on(config, classes) + [False] * other

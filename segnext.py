@@ -28,10 +28,9 @@ NMF_STEPS, NMF_EVAL_STEPS, NMF_EPS = 6, 7, 1e-6
 NMF_EVAL_SEED = 0  # OURS, see NMF
 
 _URL = "https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/segnext/"
-WEIGHTS = {size: (_URL + file, file) for size, file in {  # ImageNet-1k; a name ends in its sha256's first 8 digits
+WEIGHTS = {size: _URL + file for size, file in {  # ImageNet-1k; a name ends in its sha256's first 8 digits
     "t": "mscan_t_20230227-119e8c9f.pth", "s": "mscan_s_20230227-f33ccdf2.pth",
     "b": "mscan_b_20230227-3ab7d230.pth", "l": "mscan_l_20230227-cef260d4.pth"}.items()}
-RENAMED = {".dwconv.dwconv.": ".dwconv."}  # in the authors' own files; those of WEIGHTS have our names throughout
 
 
 class SegNeXtError(ValueError):
@@ -207,14 +206,11 @@ class SegNeXt(nn.Module):
 
 def load_mscan(body, checkpoint):
     """Fills `body.backbone` from an MSCAN ImageNet checkpoint: what torch.load gives for a file of WEIGHTS, or for one
-    of the authors' own. Every tensor must fit. Returns the names it dropped: the ImageNet classifier's, `head.*`.
+    of the authors' own, which name one layer otherwise. Every tensor must fit but the ImageNet classifier's, `head.*`.
 
     Raises SegNeXtError, and then the body is as it was."""
-    state = checkpoint.get("state_dict", checkpoint)
-    dropped = sorted(key for key in state if key.startswith("head."))
-    state = {key: tensor for key, tensor in state.items() if key not in dropped}
-    for old, new in RENAMED.items():
-        state = {key.replace(old, new): tensor for key, tensor in state.items()}
+    state = {key.replace(".dwconv.dwconv.", ".dwconv."): tensor
+             for key, tensor in checkpoint.get("state_dict", checkpoint).items() if not key.startswith("head.")}
     wanted = body.backbone.state_dict()
     for key, counter in wanted.items():
         if key.endswith(".num_batches_tracked"):  # BatchNorm does not need its counters; a file may lack them
@@ -222,4 +218,3 @@ def load_mscan(body, checkpoint):
     if wrong := misfit(state, wanted):
         raise SegNeXtError(f"not the weights of this MSCAN, another size or model? {wrong}")
     body.backbone.load_state_dict(state)
-    return dropped

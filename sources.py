@@ -9,9 +9,9 @@ Masks pass through one look-up table: raw value -> class index, and in the train
 SEEN classes, everything else 255. An unseen label cannot reach the training loss.
 """
 import contextlib
+import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file and says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A data set's training defaults; train.py's flags override them. METHOD: FIELD for the benchmarks."""
     steps: int
@@ -64,6 +64,12 @@ class Recipe:
     window: int = 512  # test windows, pixels a side
     stride: int = 426
 
+    def at_crop(self, crop):
+        """The recipe at another crop: test images, windows and strides keep their ratio to it."""
+        scaled = {key: value and round(value * crop / self.crop)
+                  for key in ("short_side", "window", "stride") for value in [getattr(self, key)]}
+        return dataclasses.replace(self, crop=crop, **scaled)
+
     @property
     def sides(self):
         """Short sides, least and largest, at which test images are labelled: those that training shows."""
@@ -75,15 +81,15 @@ TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, sca
 FOLDER = Recipe(steps=20000, short_side=None)
 
 
-@dataclass
+@dataclasses.dataclass
 class DataSource:
     """One data set: where its files are and what its mask values mean."""
     name: str
     classes: list  # K names; synonyms separated by commas
     unseen: set  # indexes into classes
     values: dict  # raw mask value -> class index; what is not in it must be in `void`
-    train: list = field(repr=False)  # (name, image path, mask path)
-    val: list = field(repr=False)
+    train: list = dataclasses.field(repr=False)  # (name, image path, mask path)
+    val: list = dataclasses.field(repr=False)
     templates: tuple
     recipe: Recipe
     void: tuple = (255,)  # raw mask values without a class: no loss, not scored

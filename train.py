@@ -9,7 +9,6 @@ Writes last.pt and former.pt (checkpoint.py), config.json, log.jsonl, curves.png
 --resume goes on.
 """
 import argparse
-import dataclasses
 import json
 import os
 import time
@@ -23,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+import bodies
 import checkpoint
 import clip
 import data
@@ -68,7 +68,7 @@ def main(args):
         if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
             raise sources.DataError(f"--{key.replace('_', '-')} is {getattr(args, key)}: expected {low} to {high}")
     torch.manual_seed(args.seed)
-    recipe = source.recipe = dataclasses.replace(source.recipe, crop=args.crop)
+    recipe = source.recipe = source.recipe.at_crop(args.crop)
     warmup = recipe.warmup * args.steps / recipe.steps  # another number of steps, the same shape of the schedule
     mode = ("inductive: pixels of unseen classes are hidden from every loss, their images kept" if source.unseen else
             "closed: no class is unseen")
@@ -144,7 +144,8 @@ def main(args):
             checkpoint.save(out, model, optimizer, step, bank, gamma, config)
 
     def rescue(bad, now):
-        """Step `bad` was not finite, which is seen at step `now`: saves weights, optimiser and bank from before `bad`.
+        """Step `bad` was not finite, which is seen at step `now`: saves weights and optimiser from before `bad`, and
+        what is left of the bank from then.
 
         -> what the user may do"""
         nonlocal bank
@@ -152,7 +153,7 @@ def main(args):
         try:
             save(bad)
             saved = f"the state before it is in {out}/last.pt"
-        except models.ModelError as error:  # batch norm's statistics are not finite either, or the disk is full
+        except bodies.ModelError as error:  # batch norm's statistics are not finite either, or the disk is full
             saved = str(error)
         batch = next(iter(data.Steps(len(source.train), args.batch_size, bad, args.steps, args.seed)))
         return (f"{saved}. Look at its images, or go on with --resume and a lower --lr: "
@@ -196,7 +197,7 @@ def main(args):
             try:
                 total, seg, sgd, sam = finite.look()
             except guard.NotFinite as error:
-                raise models.ModelError(f"{error}; {rescue(error.step, step)}") from None
+                raise bodies.ModelError(f"{error}; {rescue(error.step, step)}") from None
         if args.sgd_weight:
             bank = losses.push(bank, c, losses.BANK)
         if logging:
@@ -230,7 +231,8 @@ def main(args):
         gamma = checkpoint.from_first_process(lambda: evaluate.calibrate(model, source, device))
         save(args.steps, gamma)
         result = evaluate.evaluate(model, source, device, gamma)
-        result |= {"dataset": source.name, "checkpoint": str(out / "last.pt")}
+        result |= {"dataset": source.name, "checkpoint": str(out / "last.pt"),
+                   "unseen": [source.classes[k] for k in sorted(source.unseen)]}
         if first_rank:
             scores = {key: result["gamma_0"][key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")}
             log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")
@@ -297,7 +299,7 @@ def parse(argv=None):
 
     group = parser.add_argument_group("model").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)} or a file {recipe}")
-    group("--body", choices=models.BODIES, metavar="NAME", help=f"{', '.join(models.BODIES)} {recipe}")
+    group("--body", choices=bodies.BODIES, metavar="NAME", help=f"{', '.join(bodies.BODIES)} {recipe}")
     group("--stride", type=int, choices=(8, 16), help="pixels a dense feature, any body but small (default: 16)")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
     group("--head", choices=("csh", "linear", "random"), default="csh",

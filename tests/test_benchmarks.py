@@ -125,6 +125,9 @@ def test_official_trees(name, trees, tmp_path):
                                                                                       1500)
     assert (recipe.short_side, recipe.window, recipe.stride, recipe.body, recipe.clip) == (512, 512, 426, "resnet50",
                                                                                            "ViT-B/16")
+    half = recipe.at_crop(256)  # tested at the sizes that it trains at
+    assert (half.crop, half.short_side, half.window, half.stride) == (256, 256, 256, 213) and half.steps == recipe.steps
+    assert sources.FOLDER.at_crop(256).sides == [128, 512] and sources.TOY.at_crop(64) == sources.TOY
     truth = data.ValSet(source)
     for i, (_, _, mask) in enumerate(source.val):
         image, labels, _ = truth[i]

@@ -24,7 +24,7 @@ STEPS = 20
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
-import data, guard, train
+import data, guard, sources, train
 train.LOG_EVERY = 1
 rank, seen = os.environ.get("RANK", "0"), []
 open(os.path.join({pids!r}, rank), "w").write(str(os.getpid()))

@@ -56,7 +56,7 @@ def test_train_leaves_what_the_readme_says(run):
     parts = [weights[f"{part}_weight"] * log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")]
     assert log[0]["loss"] == pytest.approx(sum(parts), abs=1e-5)
     result = json.loads((out / "metrics.json").read_text())
-    assert set(result) == {"gamma_0", "calibrated", "dataset", "images", "checkpoint"}
+    assert set(result) == {"gamma_0", "calibrated", "dataset", "images", "checkpoint", "unseen"}
     assert log[-1]["step"] == 8 and log[-1]["hIoU"] == result["gamma_0"]["hIoU"]
     assert set(result["gamma_0"]) == {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU"}
     assert set(result["calibrated"]) == {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU", "gamma"}
@@ -103,6 +103,7 @@ def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
     (tmp_path / "other/unseen.txt").unlink()
     text = run_inside(evaluate, "--run", run[0], "--dataset", tmp_path / "other", "--device", "cpu")[1]
     assert re.search("^disk, red circle  ", text, re.M) and text.count(" * ") == 25
+    assert "25 of 26 classes are unseen: no word of them was trained on by name: purple ring, other red cross" in text
     assert (run[0] / "metrics.json").read_text() == before
     assert json.loads((run[0] / "other/metrics.json").read_text())["dataset"] == str(tmp_path / "other")
 

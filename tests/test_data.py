@@ -1,5 +1,6 @@
 """data.py and toy/: the folder layout, the seen-only view, transforms, and what broken folders say."""
 import hashlib
+import itertools
 import shutil
 
 import numpy as np
@@ -94,8 +95,8 @@ def test_image_and_labels_are_cut_alike():
 
 def test_labels_lie_where_the_image_lies():
     """On a ramp the image tells where each pixel was read: the labels must be from there, at any scale."""
-    ramp = torch.arange(100, dtype=torch.uint8).expand(100, 100).contiguous()
-    for scale in (0.5, 0.75, 1.0, 1.5, 2.0):
+    across = torch.arange(100, dtype=torch.uint8).expand(100, 100).contiguous()
+    for scale, ramp in itertools.product((0.5, 0.75, 1.0, 1.5, 2.0), (across, across.T.contiguous())):
         recipe = sources.Recipe(1, crop=64, scale=(scale * 100 / 64,) * 2, jitter=False)
         torch.manual_seed(0)
         image, labels = data.augment(ramp.expand(3, -1, -1), ramp, recipe)

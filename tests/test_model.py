@@ -95,7 +95,7 @@ def test_a_trained_state_round_trips_without_the_image_tower(tiny_clip, tiny_cli
         m.set_classes(["red circle", "blue ring"], ["a photo of {}"])
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(model.logits(images), fresh.logits(images))
-    with pytest.raises(models.ModelError, match="another body or head"):
+    with pytest.raises(bodies.ModelError, match="another body or head"):
         models.build(tiny_clip, head="linear").load_trained_state(model.trained_state())
 
 
@@ -167,7 +167,7 @@ def test_torchvision_weights_load_from_a_file_or_say_why(tmp_path, tiny_clip):
     images = torch.rand(1, 3, 64, 64)
     assert torch.allclose(body.stages(images)[3], network.eval().features(images))
     (tmp_path / "bad.pth").write_bytes(b"no")
-    with pytest.raises(models.ModelError, match="put https://.*mobilenet_v2.*pth at .*--body-weights"):
+    with pytest.raises(bodies.ModelError, match="put https://.*mobilenet_v2.*pth at .*--body-weights"):
         bodies.build_body("mobilenet-v2", tmp_path / "bad.pth")
-    with pytest.raises(models.ModelError, match="choose one of small"):
+    with pytest.raises(bodies.ModelError, match="choose one of small"):
         models.build(tiny_clip, body="vgg")

@@ -11,6 +11,7 @@ import torch
 from conftest import run_inside
 from PIL import Image
 
+import bodies
 import checkpoint
 import clip
 import data
@@ -125,8 +126,20 @@ def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(r
         predict.segment(image, run=out, device="cpu")
     moved = predict.segment(image, run=out, device="cpu", clip_file=elsewhere)[0]
     assert torch.equal(moved, predict.segment(image, run=run, device="cpu")[0])
-    with pytest.raises(models.ModelError, match="other.pt is not the CLIP that .* was trained with"):
+    with pytest.raises(bodies.ModelError, match="other.pt is not the CLIP that .* was trained with"):
         predict.segment(image, run=out, device="cpu", clip_file=other)
+
+
+def test_other_words_do_not_load_the_run_again(run, photo, monkeypatch):
+    calls, load_run = [], inference.load_run
+    monkeypatch.setattr(inference, "load_run", lambda *args: calls.append(args) or load_run(*args))
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    predict.load_run.cache_clear()
+    predict.load.cache_clear()
+    first, other, again = (predict.segment(image, words, run=run, device="cpu")
+                           for words in ("ring", "sand, cross", "ring"))
+    assert len(calls) == 1 and other[1] == ["sand", "cross"]
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
 
 
 def test_large_pictures_are_tested_at_the_size_that_evaluate_tests_them_at(run):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from toy import study
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
@@ -29,6 +31,13 @@ def test_the_python_example_prints_what_it_says():
     code = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "set_classes" in block)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == re.search(r"# (torch\.Size\([^)]*\))", code)[1]
+
+
+def test_the_report_is_what_the_runs_make(tmp_path, monkeypatch):
+    lines = study.finished()
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "toy.jsonl")
+    study.render(lines)
+    assert (tmp_path / "toy.md").read_text() == (ROOT / "results/toy.md").read_text()
 
 
 def test_result_rows_are_those_of_the_study():

@@ -14,6 +14,7 @@ from conftest import run_inside
 from PIL import EpsImagePlugin, Image
 
 import archive
+import bodies
 import checkpoint
 import clip
 import data
@@ -151,6 +152,9 @@ def test_damage_is_named_and_the_former_offered(run, flags, tmp_path):
                       run_inside(evaluate, "--run", out)[2]):
             assert words.startswith(f"error: {out}/last.pt {what}") and "\n" not in words
             assert words.endswith(f"{out}/former.pt of step 4, is whole: rename it to last.pt to go on from there")
+            (out / "last.pt").rename(out / "away.pt")  # killed before its first save: former.pt is another run's
+            assert "former.pt" not in run_inside(evaluate, "--run", out)[2]
+            (out / "away.pt").rename(out / "last.pt")
         (out / "former.pt").write_bytes(bad)
         assert "former.pt" in run_inside(evaluate, "--run", out)[2]
         (out / "former.pt").unlink()
@@ -356,7 +360,7 @@ def test_no_checkpoint_of_values_that_are_not_finite(run, tiny_clip, tmp_path):
     out = copy(run, tmp_path / "out")
     net, good = models.build(tiny_clip), (out / "last.pt").read_bytes()
     net.body.fuse[0].weight.data[0, 0] = torch.inf
-    with pytest.raises(models.ModelError, match="body.fuse.0.weight is no longer finite before step 7: not saved"):
+    with pytest.raises(bodies.ModelError, match="body.fuse.0.weight is no longer finite before step 7: not saved"):
         checkpoint.save(out, net, torch.optim.AdamW(net.parameters()), 7, torch.zeros(0, 128), None, {})
     assert (out / "last.pt").read_bytes() == good
 

@@ -70,8 +70,8 @@ ROWS = MAIN | {
     "random-k": ("k positions at random, not the most similar", []),
     "per-feature": ("1 − cosine of each of the k features, no contrast; about 1/τ_g = 14 times less gradient", []),
     "no-bank": ("no bank of earlier CLS embeddings", []),
-    "sam-bce": ("SAM by binary cross-entropy", []),
-    "nel": ("focal + dice instead of cross-entropy", ["--seg-loss", "nel"]),
+    "sam-bce": ("SAM by binary cross-entropy, same τ, no bias", []),
+    "nel": ("focal + dice instead of cross-entropy, same τ, no bias", ["--seg-loss", "nel"]),
     "tau-0.07": ("τ = 0.07 instead of CLIP's own", ["--temperature", "0.07"]),
     "sgd-0.5": ("λ_sgd = 0.5", ["--sgd-weight", "0.5"]),
     "sgd-1": ("λ_sgd = 1", ["--sgd-weight", "1"]),
@@ -288,10 +288,7 @@ def probe_table(lines):
             "| row | step | k | unseen things | lift | seen things | unseen ground | seen grounds | cosine, seen | "
             "cosine, unseen | unseen taken for seen, % |", "|---" * 11 + "|"]
     for row in ROWS:
-        runs = runs_of(lines, row, 0)
-        final = {run["probe"][-1]["k"] for run in runs}
-        runs = [run for run in runs if run["probe"][-1]["k"] == min(final)]  # without SGD k was another in some runs
-        for entries in zip(*(run["probe"] for run in runs)):
+        for entries in zip(*(run["probe"] for run in runs_of(lines, row, 0))):
             mean = {key: statistics.mean(entry[key] for entry in entries) for key in entries[0]}
             text.append(f"| {row} | {mean['step']:.0f} | {mean['k']:.0f} | {mean['unseen_things']:.1f} | "
                         f"{mean['unseen_things'] / mean['all_unseen_things']:.2f} | {mean['seen_things']:.1f} | "
@@ -355,7 +352,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="0 to SEEDS − 1 of each row (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N",
+                        help="0 to N − 1 of each row (default: %(default)s)")
     parser.add_argument("--world", type=int, default=0, metavar="SEED", help="of scenes and unseen classes (0)")
     parser.add_argument("--steps", type=int, help="a trial: printed, not kept (default: the recipe's number)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
