@@ -288,9 +288,10 @@ def train_step(seen, net, teacher, images, labels, amp, optimizer):
         mark()
         z = net.head(x)
     mark()
+    labels, inside = data.split_padding(labels, z.shape[2:])
     if teacher:
-        k = losses.k_at(1, 2, z[0, 0].numel())
-        loss = losses.cross_entropy_loss(z, net.t, labels) + losses.sgd_loss(z, c, k)
+        k = losses.k_at(1, 2, inside.shape[1])
+        loss = losses.cross_entropy_loss(z, net.t, labels) + losses.sgd_loss(z, c, k, inside=inside)
         loss = loss + losses.sam_loss(z, net.t, labels)
     else:
         loss = losses.cross_entropy_loss(z, net.t, labels)
@@ -313,7 +314,6 @@ def train_bodies(args, clip_model, device, amp, view):
     B, K = args.batch, args.classes
     images, labels = (torch.stack(part).to(device) for part in zip(*(view[i, 0] for i in range(B))))
     images = images.float() / 255
-    labels = data.split_padding(labels, (1, 1))[0]
     calls, parts, memory = {}, {}, {}
     for body in args.bodies:
         for head in ("csh", "linear"):

@@ -96,7 +96,8 @@ def calibrate(model, source, device, images=100, loss=0.01):
 def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     """Scores `model` on the source's val images; with several processes each takes its part, without repeats.
 
-    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images"}; leaves the model in eval mode.
+    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images": their number, "dataset", "unseen": names};
+    leaves the model in eval mode.
     predictions    folder that gets NAME.png of every image: class indexes in a palette, γ = 0
     unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
                    classes alone: a far easier task, whose figures compare with no joint one"""
@@ -123,9 +124,11 @@ def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
     if unseen_only:
         matrices[UNSEEN_ALONE][source.seen] = 0  # the rows of pixels whose truth is a seen class
     score = {g: metrics(matrix, source.classes, source.unseen) for g, matrix in matrices.items()}
-    result = {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val)}
+    names = [source.classes[k] for k in sorted(source.unseen)]
+    result = {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val),
+              "dataset": source.name, "unseen": names}
     if unseen_only:
-        alone, names = score[UNSEEN_ALONE], [source.classes[k] for k in sorted(source.unseen)]
+        alone = score[UNSEEN_ALONE]
         result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
                                  "IoU": {name: alone["IoU"][name] for name in names}}
     return result
@@ -203,8 +206,7 @@ def main(args):
     elif gamma is None or other:  # an unfinished run, or other classes
         gamma = from_first_process(lambda: calibrate(model, source, device))
     result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
-    result |= {"dataset": source.name, "checkpoint": str(checkpoint),
-               "unseen": [source.classes[k] for k in sorted(source.unseen)]}
+    result["checkpoint"] = str(checkpoint)
     if first_rank:
         inside = Path(other).resolve().name if other else "."  # leaves the run's own figures alone
         report(result, model, source, device, args.out_dir or checkpoint.parent / inside)

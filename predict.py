@@ -56,7 +56,7 @@ def split(classes):
     firsts = [name.split(",")[0] for name in names]
     if not 0 < len(set(firsts)) == len(names) < sources.INVALID:
         raise sources.DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to "
-                             f'{sources.INVALID - 1}, each once, such as "cat, sofa|couch"')
+                                f'{sources.INVALID - 1}, each once, such as "cat, sofa|couch"')
     return names
 
 

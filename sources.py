@@ -21,7 +21,6 @@ import torchvision
 from toy import world
 
 HERE = Path(__file__).parent
-TOY_ROOT = Path("data/toy")  # drawn on demand; other worlds by toy/world.py
 IGNORE, INVALID = 255, 254  # INVALID marks mask values that the class list does not know
 PROTOCOL = json.loads((HERE / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
 CONTEXT = {"context": "unseen_zs3_lineage", "context-cascade-clip": "unseen_cascade_clip"}  # two splits are in print
@@ -118,8 +117,8 @@ def open_dataset(name, root=None):
     root: by default data/NAME; toy's default alone is drawn where it is missing. context has ZS3Net's ten unseen
     classes, context-cascade-clip Cascade-CLIP's."""
     if name == "toy":
-        root = Path(root or TOY_ROOT)
-        if root == TOY_ROOT and not root.exists():
+        root = Path(root or world.ROOT)
+        if root == world.ROOT and not root.exists():
             print(f"drawing the toy world into {root} …", flush=True)
             with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
                 world.write(root)

@@ -78,7 +78,7 @@ def main(args):
         source.train = kept
     if args.batch_size % ranks:
         raise sources.DataError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
-                             f"use {max(args.batch_size // ranks, 1) * ranks}")
+                                f"use {max(args.batch_size // ranks, 1) * ranks}")
     config = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     config |= {"classes": source.classes, "unseen": sorted(source.unseen), "templates": list(source.templates),
                "test": {"sides": recipe.sides, "window": recipe.window, "stride": recipe.stride}}  # predict.py needs it
@@ -231,8 +231,7 @@ def main(args):
         gamma = checkpoint.from_first_process(lambda: evaluate.calibrate(model, source, device))
         save(args.steps, gamma)
         result = evaluate.evaluate(model, source, device, gamma)
-        result |= {"dataset": source.name, "checkpoint": str(out / "last.pt"),
-                   "unseen": [source.classes[k] for k in sorted(source.unseen)]}
+        result["checkpoint"] = str(out / "last.pt")
         if first_rank:
             scores = {key: result["gamma_0"][key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")}
             log.write(json.dumps({"step": args.steps, **scores, "seconds": round(time.time() - start, 2)}) + "\n")

@@ -323,7 +323,7 @@ def plot(lines):
 
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
-    root = ROOT / (f"data/toy-{args.world}" if args.world else sources.TOY_ROOT)
+    root = ROOT / (f"data/toy-{args.world}" if args.world else world.ROOT)
     if not root.exists() and not args.render:
         world.write(root, args.world)
     if root.exists() and sources.read_lines(root / "unseen.txt") != world.unseen(args.world):
