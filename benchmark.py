@@ -435,8 +435,8 @@ def growth(args, clip_model, device, amp):
             rates[ranks] = float(Path(folder, "rate").read_text())
     report.append(markdown(("training, processes" + " of one thread" * (device.type == "cpu"), *rates), [
         (f"{body}, 2 × 256² each, images/s", *(f"{value:.3g}" for value in rates.values()))]))
-    plot({name: [median(times[name, side]) for side in SIDES] for name in nets}, args.out.with_name("growth.png"))
-    report.append("![time over side](growth.png)\n")
+    plot({name: [median(times[name, side]) for side in SIDES] for name in nets}, args.out.with_suffix(".png"))
+    report.append(f"![time over side]({args.out.stem}.png)\n")
     return {"seconds": {f"{name} {n}": value for (name, n), value in times.items()}, "processes": rates}, report
 
 
@@ -483,6 +483,7 @@ def main(args):
     device = inference.pick_device(args.device)
     if unknown := {*args.bodies} - {*bodies.BODIES} or {*args.parts} - {*PARTS}:
         raise bodies.ModelError(f"{unknown.pop()!r} is none of {', '.join(bodies.BODIES)}; {', '.join(PARTS)}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.batch = args.batch or (2 if device.type == "cpu" else 16)
     amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,  # noqa: E731
@@ -503,7 +504,6 @@ def main(args):
         result[part] = numbers
         report += lines
         print("\n".join(lines), f"\n[{part}: {time.time() - start:.0f} s]", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.atomic(args.out, lambda path: path.write_text("\n".join(report)))
     checkpoint.atomic(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"wrote {args.out}")
@@ -520,7 +520,7 @@ def parse(argv=None):
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark.md"), help="beside it .json and growth.png "
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark.md"), help="beside it .json and .png "
                         "(default: results/benchmark.md)")
     return parser.parse_args(argv)
 
