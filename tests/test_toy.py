@@ -120,7 +120,9 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
                   line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
                   line("full", 0, 10, 20, world_seed=1), line("linear", 0, 5, 10, world_seed=1)])
     text = (tmp_path / "toy.md").read_text()
-    assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 |" in text
+    assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 | – |" in text
+    assert "| 2 | 70.0 ± 0.0 | 40.0 ± 0.0 | 53.0 ± 14.1 | **-3.0 ± 0.0** |" in text  # linear: -3 and -3
+    assert "| 55.0 ± 21.2 | +7.0 ± 24.0 |" in text  # random
     assert re.search(r"full − linear-seg \| > 20 \| \+25.1 ± 0.1 \| 2 \| holds", text)  # 25 and 25.2: the same seeds
     assert re.search(r"full − all-k \| > 5 \| \+1.1 ± 0.1 \| 2 \| \*\*does not hold", text)  # 1 and 1.2
     assert re.search(r"full − linear \| > 0 \| -3.0 ± 0.0 \| 2 \| \*\*does not hold", text)
