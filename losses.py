@@ -157,7 +157,7 @@ def sgd_loss(z, c, k, bank=None, tau=TAU, inside=None):
     """L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g); j over the batch of all ranks and `bank` (M, D).
 
     inside: bool (B, N), the positions that show the picture. OURS: with the grey around small pictures left in, it is
-    about half of what is selected there at the end (results/toy-former.md)."""
+    about half of what is selected there at the end (results/padding.md)."""
     z, c = fp32(z), fp32(c)
     p = global_prototype(z, c, k, inside)
     keys = gather(c) if bank is None else torch.cat([gather(c), bank])  # (ranks·B + M, D)
