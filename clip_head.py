@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from clip import CLIPError, resize_positions
 
 # OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to the stream;
-# with unit-scale tokens those outputs outweigh what the body said (row gain-1 of results/toy.md).
+# at unit scale the tokens may drown in those outputs (row gain-1 of results/toy.md is at unit scale).
 TOKEN_GAIN = 6.0
 
 

@@ -113,18 +113,24 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
                 "gamma_0": score, "calibrated": score, "probe": [look],
                 "IoU": dict.fromkeys(world.unseen(world_seed), 10 * seed)}
 
-    def by_kind(word, pair, ground):  # of world 1's unseen classes
-        names = {"yellow circle": word, "yellow square": word, "yellow cross": word, "yellow ring": word,
-                 "red square": pair, "green cross": pair, "blue circle": pair, "purple ring": pair}
-        return {"IoU": names | {"light grass": ground}}
+    def by_kind(word, pair, ground, world_seed):
+        words, pairs, grounds = {
+            1: ("yellow circle, yellow square, yellow cross, yellow ring",
+                "red square, green cross, blue circle, purple ring", "light grass"),
+            2: ("red circle, red square, red cross, red ring",
+                "green ring, blue circle, yellow cross, purple square", "light water")}[world_seed]
+        return {"IoU": dict.fromkeys(words.split(", "), word) | dict.fromkeys(pairs.split(", "), pair)
+                | {grounds: ground}}
 
     study.render([line("full", 0, 50, 60), line("full", 1, 54, 64), line("full", 2, 20, 30), line("full", 3, 20, 40),
                   line("linear-seg", 0, 25, 40), line("linear-seg", 1, 28.8, 40), line("all-k", 0, 49, 58),
                   line("all-k", 1, 52.8, 58), line("linear", 0, 40, 63), line("linear", 3, 40, 43),
                   line("random-k", 7, 40, 50),
                   line("random", 0, 40, 70), line("random", 1, 40, 40), line("random-k", 0, 40, 50),
-                  line("full", 0, 10, 20, world_seed=1) | by_kind(40, 20, 8),
-                  line("linear", 0, 5, 10, world_seed=1) | by_kind(10, 25, 6)])
+                  line("full", 0, 10, 20, world_seed=1) | by_kind(40, 20, 8, 1),
+                  line("linear", 0, 5, 10, world_seed=1) | by_kind(10, 25, 6, 1),
+                  line("full", 0, 10, 20, world_seed=2) | by_kind(10, 20, 8, 2),
+                  line("linear", 0, 5, 22, world_seed=2) | by_kind(0, 21, 4, 2)])
     text = (tmp_path / "toy.md").read_text()
     assert "| full | the default: CSH, n = 1, SGD and SAM | 4 | 70.0 ± 0.0 | 36.0 ± 18.5 | 48.5 ± 16.2 | – |" in text
     assert "| 2 | 70.0 ± 0.0 | 40.0 ± 0.0 | 53.0 ± 14.1 | **-3.0 ± 0.0** |" in text  # linear: -3 and -3
@@ -137,9 +143,9 @@ def test_the_study_gives_mean_std_and_verdicts(tmp_path, monkeypatch):
     assert f"| linear |{' 15 |' * 9}" in text  # seeds 0 and 3
     assert "> random > linear > " in text.split("## World 1")[0] and "## World 1" in text
     together = text.split("## Over worlds")[1].split("## ")[0]  # each world's mean counts once
-    assert "| full | 48.5 (n 4) | 20.0 (n 1) | 34.2 ± 20.2 |" in together and "| random |" not in together
-    assert "full − linear | > 0 | +3.5 ± 9.2 | 2 | undecided | +10.0 | 1 | undecided |" in together  # −3 and 10
-    assert "+15.0 ± 21.2 | -2.5 ± 3.5 | +1.0 ± 1.4 |" in together  # 0 and 30, 0 and −5, 0 and 2
+    assert "| full | 48.5 (n 4) | 20.0 (n 1) | 20.0 (n 1) | 29.5 ± 16.5 |" in together and "| random |" not in together
+    assert "full − linear | > 0 | +1.7 ± 7.2 | 3 | undecided | +4.0 ± 8.5 | 2 | undecided |" in together  # −3, 10, −2
+    assert "| +20.0 ± 14.1 | -3.0 ± 2.8 | +3.0 ± 1.4 |" in together  # without world 0: 30, 10; −5, −1; 2, 4
     twice, other = [line("full", 0, 1, 1)] * 2, [line("full", 0, 1, 1) | {"precision": "fp32"}]
     mixed = [line("full", seed, 1, 1) | {"settings": {"lr": 1, "k_end": k}} for seed, k in enumerate((0.4, 0.4, 0.1))]
     for bad, words in ((twice, "a run twice"), (other, "in another precision"), (mixed, "full that differ in k_end")):
