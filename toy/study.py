@@ -197,33 +197,28 @@ def runs_of(lines, row, world_seed):
     return [line for line in lines if (line["row"], line["world"]) == (row, world_seed)]
 
 
-def kinds(world_seed):
-    """Unseen classes by what is new of them: things of the colour that no mask has, pairs of known words, grounds."""
-    names = world.unseen(world_seed)
-    things = [name for name in names if name in world.THINGS]
-    colour = statistics.mode(name.split()[0] for name in things)
-    return {"new word": [name for name in things if name.startswith(colour)],
-            "new pair": [name for name in things if not name.startswith(colour)],
-            "new ground": [name for name in names if name in world.STUFF]}
+def score_of(run, key):
+    """At γ = 0; of one of world.unseen_kinds its mean IoU."""
+    if key in run["gamma_0"]:
+        return run["gamma_0"][key]
+    return statistics.mean(run["IoU"][name] for name in world.unseen_kinds(run["world"])[key])
 
 
 def scores(lines, row, world_seed, key):
-    """{seed: score at γ = 0, or mean IoU of a kind of unseen classes}"""
-    kind = kinds(world_seed).get(key)
-    return {run["seed"]: statistics.mean(run["IoU"][name] for name in kind) if kind else run["gamma_0"][key]
-            for run in runs_of(lines, row, world_seed)}
+    """{seed: score}"""
+    return {run["seed"]: score_of(run, key) for run in runs_of(lines, row, world_seed)}
 
 
 def differences(lines, above, below, world_seed, key):
-    """[score of row above − score of row below, at γ = 0], one for each seed that both have"""
+    """[score of row above − score of row below], one for each seed that both have"""
     high, low = scores(lines, above, world_seed, key), scores(lines, below, world_seed, key)
     return [high[seed] - low[seed] for seed in sorted(high.keys() & low.keys())]
 
 
 def world_gains(lines, above, below, key):
-    """{world: mean of those differences}, of each world that has any"""
+    """[mean of those differences], one for each world that has any"""
     worlds = sorted({line["world"] for line in lines})
-    return {w: statistics.mean(each) for w in worlds if (each := differences(lines, above, below, w, key))}
+    return [statistics.mean(each) for w in worlds if (each := differences(lines, above, below, w, key))]
 
 
 def verdict(gains, least):
@@ -232,6 +227,11 @@ def verdict(gains, least):
     if len(gains) < 2 or abs(gain - least) < t * statistics.stdev(gains) / len(gains) ** 0.5:
         return "undecided"
     return "holds" if gain > least else "**does not hold**"
+
+
+def judged(gains, least):
+    """Cells of a criterion: measured, how often, verdict"""
+    return f"{mean_std(gains, sign='+')} | {len(gains)} | {verdict(gains, least)}"
 
 
 def ahead(gains):
@@ -267,8 +267,7 @@ def render(lines):
         text += ["", "| criterion | asked | measured | n | |", "|---|---|---|---|---|"]
         for what, above, below, key, least in CRITERIA:
             if gains := differences(lines, above, below, world_seed, key):
-                text.append(f"| {what}: {key} of {above} − {below} | > {least} | {mean_std(gains, sign='+')} | "
-                            f"{len(gains)} | {verdict(gains, least)} |")
+                text.append(f"| {what}: {key} of {above} − {below} | > {least} | {judged(gains, least)} |")
         order = sorted((row for row in MAIN if scores(lines, row, world_seed, "hIoU")),
                        key=lambda row: -statistics.mean(scores(lines, row, world_seed, "hIoU").values()))
         names = world.unseen(world_seed)
@@ -298,20 +297,20 @@ def over_worlds(lines):
     text += ["", "Differences of the same seeds, each world's mean counted once, ± over worlds. World 0 is where "
              "settings were chosen; the others are the cleaner test.", "",
              "| criterion | asked | all worlds | n | | without world 0 | n | |", "|---" * 8 + "|"]
+    others = [line for line in lines if line["world"]]
     for what, above, below, key, least in CRITERIA:
-        gains = world_gains(lines, above, below, key)
-        cells = [f"{mean_std(each, sign='+')} | {len(each)} | {verdict(each, least)}"
-                 for each in ([*gains.values()], [gain for w, gain in gains.items() if w]) if each]
+        gains, elsewhere = (world_gains(some, above, below, key) for some in (lines, others))
         if len(gains) > 1:
-            text.append(f"| {what}: {key} of {above} − {below} | > {least} | {' | '.join(cells)} |")
-    keys = ("hIoU", "mIoU_seen", "new word", "new pair", "new ground")
+            text.append(f"| {what}: {key} of {above} − {below} | > {least} | {judged(gains, least)} | "
+                        f"{judged(elsewhere, least)} |")
+    keys = ("hIoU", "mIoU_seen", *world.unseen_kinds())
     text += ["", "full − row without world 0, counted in the same way; the last three in mean IoU of unseen classes by "
              "what is new of them: a word that no mask has (the 4 things of one colour), a pair of known words (4 "
              "things), a ground. Bold where the t test tells it from 0 (by chance in one cell of ten). The kinds were "
              "thought of after the runs.", "",
              f"| row | worlds | {' | '.join(keys)} |", "|---" * (2 + len(keys)) + "|"]
     for row in list(ROWS)[1:]:  # all but full
-        gains = [[gain for w, gain in world_gains(lines, "full", row, key).items() if w] for key in keys]
+        gains = [world_gains(others, "full", row, key) for key in keys]
         if len(gains[0]) > 1:
             text.append(f"| {row} | {len(gains[0])} | {' | '.join(map(ahead, gains))} |")
     return [*text, ""]

@@ -34,12 +34,18 @@ ROOT = Path("data/toy")  # of seed 0, drawn where it is missing
 TRAIN, VAL = 4000, 500  # scenes
 
 
-def unseen(seed=0):
-    """All things of one colour, one thing of each other colour (no shape twice), one stuff class; by the seed."""
+def unseen_kinds(seed=0):
+    """What is new: all things of one colour; one of each other colour (no shape twice); one ground. By the seed."""
     rng = np.random.RandomState(seed)
     *others, hidden = rng.permutation(list(COLOURS))
-    things = [f"{hidden} {shape}" for shape in SHAPES] + [f"{c} {s}" for c, s in zip(others, rng.permutation(SHAPES))]
-    return [c for c in CLASSES if c in things or c == STUFF[seed % len(STUFF)]]
+    return {"new word": [f"{hidden} {shape}" for shape in SHAPES],
+            "new pair": [f"{colour} {shape}" for colour, shape in zip(others, rng.permutation(SHAPES))],
+            "new ground": [STUFF[seed % len(STUFF)]]}
+
+
+def unseen(seed=0):
+    """Unseen classes of all kinds, in the order of CLASSES."""
+    return sorted(sum(unseen_kinds(seed).values(), []), key=CLASSES.index)
 
 
 def _inside(shape, u, v):
