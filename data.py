@@ -215,6 +215,6 @@ class ValSet(Dataset):
 
 
 if __name__ == "__main__":
-    import datacheck
-    import guard
+    from sources import check as datacheck
+    from support import command as guard
     guard.run_command(datacheck.main, datacheck.parse)

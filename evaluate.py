@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
 import data
-import guard
-import pictures
+from support import command as guard
+from support import pictures
 import sources
-from checkpoint import atomic, from_first_process, newest_run
+from support.checkpoint import atomic, from_first_process, newest_run
 from inference import load_run, open_run_dataset, pick_device, predict, side_at_test
 from losses import world_size
 

@@ -13,7 +13,7 @@ import bodies
 import clip
 import model as models
 import sources
-from checkpoint import from_first_process, read_checkpoint
+from support.checkpoint import from_first_process, read_checkpoint
 from losses import linear_weights
 from sources import IGNORE
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import clip
-from archive import misfit
+from support.archive import misfit
 from bodies import ModelError, build_body
 from clip_head import CSH, LinearHead
 from losses import pixel_text_logits

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 import data
-import guard
+from support import command as guard
 import inference
-import pictures
+from support import pictures
 import sources
-from checkpoint import atomic, newest_run, read_checkpoint
+from support.checkpoint import atomic, newest_run, read_checkpoint
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder

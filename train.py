@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import bodies
-import checkpoint
+from support import checkpoint
 import clip
 import data
-import datacheck
+from sources import check as datacheck
 import evaluate
-import guard
+from support import command as guard
 import inference
 import losses
 import model as models

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import clip
-import guard
+from support import command as guard
 
 torch.set_num_threads(1)  # as the subprocesses that tests compare with: rounding depends on it
 

@@ -14,10 +14,10 @@ from conftest import run_inside
 from PIL import Image
 
 import data
-import datacheck
+from sources import check as datacheck
 import evaluate
-import guard
-import pictures
+from support import command as guard
+from support import pictures
 import sources
 import train
 from losses import cross_entropy_loss

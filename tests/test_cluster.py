@@ -16,7 +16,7 @@ import torch
 from conftest import run_inside
 from test_trust import FLAGS, ROOT, load, own, same  # noqa: F401
 
-import checkpoint
+from support import checkpoint
 import train
 
 pytestmark = pytest.mark.slow

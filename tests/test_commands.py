@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 import inference
 import train
-from checkpoint import newest_run
+from support.checkpoint import newest_run
 from toy import world
 
 ROOT = Path(__file__).parent.parent

@@ -12,13 +12,13 @@ from conftest import run_inside
 from PIL import Image
 
 import bodies
-import checkpoint
+from support import checkpoint
 import clip
 import data
 import evaluate
 import inference
 import model as models
-import pictures
+from support import pictures
 import predict
 import sources
 from toy import world

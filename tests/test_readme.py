@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from toy import study
+from experiments import study
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -24,7 +24,7 @@ def test_links_and_flags_exist():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("toy/*.py")]
     flags = {flag for path in sources for flag in re.findall(r'[a-z]\("(--[a-z-]+)"', path.read_text())}
     ours = re.sub(r"#SBATCH.*|torchrun (--\S+ \S+ ?\\?\s*)*", "", TEXT)  # without the flags of launchers
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= flags | {"--help", "--train"}  # toy.study --train ROW
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= flags | {"--help", "--train"}  # experiments.study --train ROW
 
 
 def test_the_python_example_prints_what_it_says():

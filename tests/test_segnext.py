@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import segnext
+from bodies import segnext
 from segnext import MSCA, NMF, SIZES, SegNeXt, SegNeXtError, load_mscan
 
 PUBLISHED = {"t": 4.3, "s": 13.9, "b": 27.6, "l": 48.9}  # million parameters, with ADE20K's classifier

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-import benchmark
+from experiments import benchmark
 import clip
 import data
 from toy import world

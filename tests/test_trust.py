@@ -15,11 +15,11 @@ from PIL import EpsImagePlugin, Image
 
 import archive
 import bodies
-import checkpoint
+from support import checkpoint
 import clip
 import data
 import evaluate
-import guard
+from support import command as guard
 import losses
 import model as models
 import sources

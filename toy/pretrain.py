@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import clip
-from checkpoint import atomic
+from support.checkpoint import atomic
 from toy import world
 
 CONFIG = dict(embed_dim=128, image_resolution=world.SIZE, vision_layers=4, vision_width=96, vision_patch_size=8,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import pictures
+from support import pictures
 
 COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.70, 0.20), "blue": (0.15, 0.30, 0.90),
            "yellow": (0.90, 0.85, 0.15), "purple": (0.60, 0.20, 0.75)}

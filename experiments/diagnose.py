@@ -1,6 +1,6 @@
 """Why a row of the study ends where it does: what SGD selects, where dense features point, which are alike.
 
-    python -m toy.diagnose     # results/similarity.png from the runs that python -m toy.study left under runs/study
+    python -m experiments.diagnose     # results/similarity.png from the runs that python -m experiments.study left under runs/study
 
 `Probe` looks at a run while it trains; nothing that it does reaches the training.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from support import checkpoint
 import clip
 import data
-import guard
+from support import command as guard
 import inference
 import losses
 import model as models
-import pictures
+from support import pictures
 import sources
 import train
 from toy import world

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from archive import misfit
+from support.archive import misfit
 
 SIZES = {  # size: (widths of the four stages, blocks in each, decoder's width C, R, drop path rate of the last block)
     "t": ((32, 64, 160, 256), (3, 3, 5, 2), 256, 16, 0.1),

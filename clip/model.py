@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from archive import ArchiveError, check_tensors, misfit, read_archive
+from support.archive import ArchiveError, check_tensors, misfit, read_archive
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,8 +37,8 @@ MODELS = {  # name: (sha256 of the file, file name)
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
 }
 CACHE = Path.home() / ".cache" / "clip"  # the folder OpenAI's own package uses
-HERE = Path(__file__).parent
-MERGES = HERE / "bpe_simple_vocab_16e6.txt.gz"
+HERE = Path(__file__).parent.parent
+MERGES = Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 

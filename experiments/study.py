@@ -1,9 +1,9 @@
 """The controlled comparison on the embedded default: every row trained with several seeds by train.py's own main.
 
-    python -m toy.study                     # every row, 3 seeds, the main rows first; finished runs are not run again
-    python -m toy.study --rows full linear  # some rows
-    python -m toy.study --rows full linear --world 1   # another world: other scenes, other unseen classes
-    python -m toy.study --render            # only write results/toy.md and toy.png from results/toy.jsonl
+    python -m experiments.study                     # every row, 3 seeds, the main rows first; finished runs are not run again
+    python -m experiments.study --rows full linear  # some rows
+    python -m experiments.study --rows full linear --world 1   # another world: other scenes, other unseen classes
+    python -m experiments.study --render            # only write results/toy.md and toy.png from results/toy.jsonl
 
 A finished run is a line of results/toy.jsonl, so the study can be done in several goes and on several machines, all in
 PRECISION. CRITERIA were written down before these runs, but for the last one, which came after its first seed; the two
@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-import guard
+from support import command as guard
 import losses
 import model as models
-import pictures
+from support import pictures
 import sources
 import train
 from toy import world
-from toy.diagnose import Probe
+from experiments.diagnose import Probe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "toy.jsonl"
@@ -155,9 +155,9 @@ def run(row, world_seed, seed, steps):
     commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
     commit += " and changes" if git(["git", "status", "--porcelain", "--", "*.py"]).stdout else ""
     start = time.time()
-    done = subprocess.run([sys.executable, "-m", "toy.study", "--train", row, *flags, *place], cwd=ROOT, text=True,
+    done = subprocess.run([sys.executable, "-m", "experiments.study", "--train", row, *flags, *place], cwd=ROOT, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    program = f"-m toy.study --train {row}" if row in VARIANTS else "train.py"
+    program = f"-m experiments.study --train {row}" if row in VARIANTS else "train.py"
     command = " ".join(["python", program, *flags])
     if done.returncode or not (out / "metrics.json").exists():
         raise RuntimeError(f"{command} did not finish:\n{done.stdout[-300:]}{done.stderr}")
@@ -244,7 +244,7 @@ def render(lines):
     """results/toy.jsonl -> results/toy.md, tables of mean ± standard deviation over seeds, and toy.png."""
     text = ["# The embedded default under controls", "",
             "mIoU in percent over all classes together, γ = 0 unless it says calibrated; mean ± std over n seeds. "
-            f"All in {PRECISION}, one thread. Written by `python -m toy.study`. Holds, does not hold: by a one-sided t "
+            f"All in {PRECISION}, one thread. Written by `python -m experiments.study`. Holds, does not hold: by a one-sided t "
             "test at 95 % over the n differences.", "",
             "Unseen taken for seen: share of unseen dense positions labelled as a seen class, on 100 of the test "
             "images just before the last step. Differences are of the same seeds; full − row is bold where such a "

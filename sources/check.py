@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pictures
+from support import pictures
 from data import TrainSet, ValSet, value_counts
 from sources import IGNORE, NAMES, DataError, download_voc, open_dataset
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from archive import check_tensors, read_archive
+from support.archive import check_tensors, read_archive
 from bodies import ModelError
 from losses import world_size
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import segnext
+from bodies import segnext
 
 STRIDE = 16  # OURS: CLIP ViT-B/16's own grid. At 8 the head's frozen block costs six times as much
 

@@ -37,11 +37,11 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 import bodies
-import checkpoint
+from support import checkpoint
 import clip
 import clip_head
 import data
-import guard
+from support import command as guard
 import inference
 import losses
 import model as models

@@ -22,7 +22,7 @@ from toy import world
 
 HERE = Path(__file__).parent
 IGNORE, INVALID = 255, 254  # INVALID marks mask values that the class list does not know
-PROTOCOL = json.loads((HERE / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
+PROTOCOL = json.loads((Path(__file__).parent / "protocol.json").read_text())  # FIELD: classes, unseen indexes, mask values, prompts
 CONTEXT = {"context": "unseen_zs3_lineage", "context-cascade-clip": "unseen_cascade_clip"}  # two splits are in print
 TREES = {  # a folder that the archives may make inside the root, then what is read
     "voc": ("VOCdevkit/VOC2012", {

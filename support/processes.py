@@ -1,0 +1,64 @@
+"""One process or many: torchrun's environment, the device, and what all processes agree on.
+
+Without a launcher there is one process, and every function here does nothing but say so.
+"""
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support import UserError
+
+TIMEOUT = timedelta(hours=1)  # how long a process waits for the others: the first one may be downloading
+
+
+def start(name=None):
+    """Joins torchrun's process group if there is one -> this process's device.
+
+    name: cpu, cuda or mps; by default a GPU where there is one. Raises UserError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected cpu, cuda or mps")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps, but PyTorch offers no MPS on this machine: leave --device away")
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=TIMEOUT)
+    return device
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def from_first(make):
+    """make() of the first process, given to all: the others may lack its files. Its errors end them all."""
+    if world_size() == 1:
+        return make()
+    value = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(value)
+    return value[0]
+
+
+@contextlib.contextmanager
+def first_on_machine():
+    """The first process of each machine runs the block before the others do: it downloads, they find the file."""
+    waits = world_size() > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and not waits:
+            dist.barrier()
