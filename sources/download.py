@@ -54,9 +54,9 @@ def reserve(dataset, root, archives):
         stays += archive.unpacked
     arrived = sum(path.stat().st_size for archive in archives for path in root.glob(f"{archive.name}*"))
     free = shutil.disk_usage(root).free
-    size, peak_, stays, free_ = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
-    text = (f"{dataset}: {' and '.join(archive.name for archive in archives)}, {size}; takes {peak_} of disk on the "
-            f"way and {stays} in the end, {free_} are free in {root}")
+    size, disk, end, left = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
+    text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size}; takes {disk} of disk on "
+            f"the way and {end} in the end, {left} are free in {root}")
     if free < peak - arrived:
         raise DataError(f"{text}: make room, or name a folder on another disk with --data-root")
     print(text, flush=True)
@@ -141,8 +141,7 @@ def unpack(path, parts):
 
 @contextlib.contextmanager
 def scratch(target):
-    """An empty folder beside `target`, to be filled and renamed. What a killed call left goes first, what is left last.
-    """
+    """An empty folder beside `target`, to be filled and renamed. Clears what a killed call left."""
     folder = target.with_name(f".partial.{target.name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
