@@ -17,16 +17,17 @@ from support import UserError
 from support.archive import check_tensors, read_archive
 from support.processes import from_first, rank, world_size
 
-FORMAT = 2  # raise it when older checkpoints can no longer be read
+FORMAT = 2  # of the file; raise it when older ones can no longer be read
 MAY_CHANGE = ("data_root", "lr", "clip", "precision")  # by --resume, with a remark; anything else makes another run
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "config": dict, "processes": int}
 SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str, "head": str,
             "stride": int | None, "frozen_blocks": int, "crop": int, "temperature": float | None, "classes": list,
             "unseen": list, "templates": list, "test": dict}  # what evaluate.py and predict.py need of the config
+TEST = {"short_side": int, "window": int, "stride": int}
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, of another run, or cannot be written."""
+    """A checkpoint that is missing, damaged, of another run, or that cannot be written."""
 
 
 # ---------------------------------------------------------------- writing
@@ -50,10 +51,9 @@ def atomic(path, write):
 
 def save(out, model, optimizer, step, bank, config):
     """Writes out/last.pt, the state before `step`; the last.pt before it becomes former.pt. Only the first process
-    writes. Raises CheckpointError if a value is not finite or the disk is full; last.pt then stays as it was.
+    writes. Raises CheckpointError if a value is not finite or the disk is full: last.pt then stays as it was.
 
-    Holds the trained tensors (nothing of CLIP), the optimiser, the bank and plain values, so that `weights_only`
-    loads it."""
+    Tensors and plain values only, so that `weights_only` loads it; nothing of CLIP."""
     if rank():
         return
     state, last = model.trained_state(), out / "last.pt"
@@ -65,21 +65,19 @@ def save(out, model, optimizer, step, bank, config):
     def write(partial):
         torch.save(checkpoint, partial)
         if last.exists():  # only now that the new one is on the disk
-            atomic(out / "former.pt", lambda name: second_name(last, name))
+            atomic(out / "former.pt", keep)
+
+    def keep(partial):
+        try:
+            os.link(last, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(last, partial)
 
     try:
         atomic(last, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"step {step} could not be saved in {out} ({first_line(error)}): is the disk full? "
                               "last.pt is as it was, --resume goes on from it") from None
-
-
-def second_name(source, target):
-    """A hard link, or a copy if the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def first_line(error):
@@ -90,8 +88,9 @@ def first_line(error):
 
 
 def read_checkpoint(path):
-    """last.pt of train.py -> its dict of plain values and tensors; nothing in the file is run. Raises CheckpointError,
-    which offers former.pt if that one can be read."""
+    """last.pt of train.py -> its dict of plain values and tensors; nothing in the file is run.
+
+    Raises CheckpointError, which offers former.pt if that one is whole."""
     path = Path(path)
     former = path.with_name("former.pt")
     try:
@@ -103,9 +102,9 @@ def read_checkpoint(path):
         if path.exists():
             raise CheckpointError(f"{error}; the save before it, {former} of step {step}, is whole: rename it to "
                                   "last.pt to go on from there") from None
-        raise CheckpointError(f"no {path}: the newest run in this folder was ended before its first save. {former} of "
-                              f"step {step} is the run before: rename it to last.pt to use that one, or train anew "
-                              "without --resume") from None
+        raise CheckpointError(f"no {path}: the newest run in this folder ended before its first save. {former} of step "
+                              f"{step} is of the run before: rename it to last.pt to use it, or train anew without "
+                              "--resume") from None
 
 
 def read(path):
@@ -116,33 +115,29 @@ def read(path):
         if saved.get("format") == FORMAT:
             check(saved, path)
             return saved
-        older = {"model", "optimizer", "config"} <= saved.keys()
     except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
         with open(path, "rb") as file:
             what = "is truncated or damaged, or no checkpoint" if file.read(2) == b"PK" else "is no checkpoint"
         raise CheckpointError(f"{path} {what} of train.py ({type(error).__name__}: {first_line(error)})") from None
-    if older:
-        raise CheckpointError(f"{path} was written by another version of this code (format {saved.get('format', 1)}, "
-                              f"expected {FORMAT}): train anew, or use that version")
-    raise CheckpointError(f"{path} is no checkpoint of train.py")
+    raise CheckpointError(f"{path} was written by an older version of this code (or is no checkpoint of train.py): "
+                          "train anew, or use that version")
 
 
 def check(saved, path):
-    """Raises an error of any kind unless all that a later reader relies on is there and of the right kind."""
+    """Raises an error, of any type, unless all that is read later is there and of the right type."""
     config = saved["config"]
-    for holder, kinds in ((saved, KINDS), (config, SETTINGS)):
+    for holder, kinds in ((saved, KINDS), (config, SETTINGS), (config["test"], TEST)):
         for key, kind in kinds.items():
-            if not isinstance(holder.get(key), kind):
-                raise TypeError(f"its {key} is {str(holder.get(key))[:40]!r}")
-    json.dumps(config)  # plain values, and lists and dicts of them
+            if not isinstance(holder[key], kind):
+                raise TypeError(f"its {key} is {str(holder[key])[:40]!r}")
     for key in ("classes", "templates"):
         if not config[key] or not all(isinstance(text, str) for text in config[key]):
             raise TypeError(f"its {key} are no list of texts")
     if not set(config["unseen"]) <= set(range(len(config["classes"]))):
-        raise TypeError("its unseen classes are not among its classes")
-    test = config["test"]
-    if not all(isinstance(test[key], int) and test[key] > 0 for key in ("short_side", "window", "stride")):
-        raise TypeError(f"its test is {str(test)[:60]}")
+        raise ValueError("its unseen classes are none of its classes")
+    if saved["step"] < 0 or min(config["test"].values()) < 1:
+        raise ValueError("its step or a test size is too small")
+    json.dumps(config)  # plain values, and lists and dicts of them
     check_tensors({**saved["model"], "bank": saved["bank"]}, path)
 
 
@@ -160,37 +155,38 @@ def newest_run(root="runs"):
 def begin(out, model, optimizer, bank, config, again):
     """Readies the run folder, and goes on from its last.pt if `again` -> first step, bank (M, D), remarks.
 
-    All processes call it, only the first needs or touches the folder. Call it when nothing else can fail any more: a
-    new run puts the files of the run before aside. bank: the empty one of a new run, (0, D)."""
-    step, remarks, log = 0, [], out / "log.jsonl"
+    All processes call it; only the first needs the folder and writes into it. Call it when nothing else can fail, for
+    a new run puts the files of the run before aside. bank: the empty one of a new run, (0, D)."""
+    step, remarks = 0, []
     if again:
         step, bank, remarks = resume(out / "last.pt", model, optimizer, bank, config)
     if rank():
         return step, bank, remarks
-    out.mkdir(parents=True, exist_ok=True)
+    atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
     for partial in out.glob(".partial.*"):  # of processes that were killed in `atomic`
         partial.unlink(missing_ok=True)
-    atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-    kept = [line for line in lines(log) if logged_before(line, step)] if again else []
+    log, kept = out / "log.jsonl", []
+    if again and log.exists():
+        kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if earlier(line, step)]
+    atomic(log, lambda path: path.write_text("".join(kept)))
     if not again:
         for name in ("metrics.json", "preview.png", "curves.png"):
             (out / name).unlink(missing_ok=True)
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "former.pt")
             remarks.append(f"{out}/last.pt of the run before is now former.pt, until this run's second save")
-    atomic(log, lambda path: path.write_text("".join(kept)))
     return step, bank, remarks
 
 
 def resume(path, model, optimizer, empty, config):
-    """Loads the checkpoint, which only the first process must have -> next step, bank, remarks. Raises
-    CheckpointError, also if the settings are not those of the run."""
+    """Loads the checkpoint, which only the first process must have -> next step, bank, remarks.
+
+    Raises CheckpointError, also if the settings are not those of the run."""
     saved = from_first(lambda: read_checkpoint(path))
     remarks, refused = [], []
     for key in config:
         if (was := saved["config"].get(key)) != config[key]:
-            change = f"{key} was {str(was)[:60]}, is {str(config[key])[:60]}"
-            (remarks if key in MAY_CHANGE else refused).append(change)
+            (remarks if key in MAY_CHANGE else refused).append(f"{key} was {str(was)[:60]}, is {str(config[key])[:60]}")
     if refused:
         raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(refused)}. Use the former "
                               "ones, or train anew into another --out-dir")
@@ -202,17 +198,13 @@ def resume(path, model, optimizer, empty, config):
         fits = all(x.shape in (p.shape, ()) for p, state in optimizer.state.items() for x in state.values())
     except Exception:  # load_state_dict trusts what it is given
         fits = False
-    if not fits or saved["step"] < 0 or saved["bank"].shape[1:] != empty.shape[1:]:
-        raise CheckpointError(f"{path}: its optimiser, step or bank is not of this model: train anew")
+    if not fits or saved["bank"].shape[1:] != empty.shape[1:]:
+        raise CheckpointError(f"{path}: its optimiser or bank is not of this model: train anew")
     return saved["step"], saved["bank"], [f"resume  allowed: {remark}" for remark in remarks]
 
 
-def lines(log):
-    return log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
-
-
-def logged_before(line, step):
-    """Is this a whole line of the log, of an earlier step?"""
+def earlier(line, step):
+    """Is this a whole line of the log, of a step before `step`?"""
     try:
         return json.loads(line)["step"] < step
     except (ValueError, TypeError, KeyError):  # torn by a full disk
