@@ -24,7 +24,7 @@ def read_archive(path):
 
 
 def check_tensors(state, path):
-    """Raises ArchiveError unless `state` maps names to dense finite tensors that need no more bytes than the file has."""
+    """Raises ArchiveError unless `state` maps names to dense finite tensors that fit into the file."""
     if not all(type(key) is str and type(x) is torch.Tensor and x.layout is torch.strided and x.device.type == "cpu"
                for key, x in state.items()):
         raise ArchiveError(f"{path} holds no state dict (a mapping of names to tensors)")

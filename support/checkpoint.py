@@ -162,6 +162,12 @@ def begin(out, model, optimizer, bank, config, again):
         step, bank, remarks = resume(out / "last.pt", model, optimizer, bank, config)
     if rank():
         return step, bank, remarks
+    if not again:
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "former.pt")
+            remarks.append(f"{out}/last.pt of the run before is now former.pt, until this run's second save")
+        for name in ("metrics.json", "preview.png", "curves.png"):
+            (out / name).unlink(missing_ok=True)
     atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
     for partial in out.glob(".partial.*"):  # of processes that were killed in `atomic`
         partial.unlink(missing_ok=True)
@@ -169,12 +175,6 @@ def begin(out, model, optimizer, bank, config, again):
     if again and log.exists():
         kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if earlier(line, step)]
     atomic(log, lambda path: path.write_text("".join(kept)))
-    if not again:
-        for name in ("metrics.json", "preview.png", "curves.png"):
-            (out / name).unlink(missing_ok=True)
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "former.pt")
-            remarks.append(f"{out}/last.pt of the run before is now former.pt, until this run's second save")
     return step, bank, remarks
 
 

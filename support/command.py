@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from support import UserError
-from support.processes import TIMEOUT, from_first, world_size
+from support.processes import from_first, world_size
 
 EVERY = 10  # steps between two looks at the other processes' signals
 SIGNALS = []  # those that Signals took note of
@@ -66,8 +66,7 @@ class Signals:
                 signal.signal(number, signal.default_int_handler)
 
         SIGNALS.clear()
-        apart = world_size() > 1 and device.type == "cuda"  # a group of its own, so that no GPU is waited for
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if apart else None
+        self.device = device
         self.former = {number: signal.signal(number, note) for number in self.KINDS}
 
     def heard(self, step):
@@ -76,8 +75,8 @@ class Signals:
             return bool(SIGNALS)
         if step % EVERY:
             return False
-        count = torch.tensor(len(SIGNALS))
-        dist.all_reduce(count, group=self.group)
+        count = torch.tensor(len(SIGNALS), device=self.device)
+        dist.all_reduce(count)
         return bool(count)
 
     def restore(self):
