@@ -101,7 +101,7 @@ class Watch:
         """rescue(bad, now): step `bad` was not finite, which was seen at step `now` (the first process calls it).
         It saves the state before `bad` and returns the names of that step's files."""
         self.optimizer, self.rescue = optimizer, rescue
-        self.at_once, self.bad = device.type != "cuda", torch.zeros((), device=device)
+        self.at_once, self.values = device.type != "cuda", None
 
     def admit(self, step, parts, norm):
         """Before optimizer.step(). parts {name: scalar of this process}, norm of the gradient."""
@@ -110,11 +110,14 @@ class Watch:
         if world_size() > 1:
             dist.all_reduce(values)
         values = torch.cat([values / world_size(), norm.float()[None], torch.full((1,), step, device=values.device)])
-        self.values = values if self.at_once else torch.where(self.bad > 0, self.values, values)  # the first bad ones
+        if self.at_once or self.values is None:
+            self.values = values
+        else:
+            self.values = torch.where(self.values.isfinite().all(), values, self.values)  # the first bad ones stay
         if self.at_once:
             self.look()
         else:
-            self.bad = self.optimizer.found_inf = (~self.values.isfinite().all()).float()
+            self.optimizer.found_inf = (~self.values.isfinite().all()).float()
 
     def look(self):
         """-> {name: value}, means over processes. Raises UserError if they are not finite."""

@@ -97,7 +97,7 @@ def with_legend(canvas, entries, size):
 
 def sheet(rows, titles, names, side=192):
     """Rows of pictures under one title a column, and the colours of the classes {index: name} below."""
-    heights = [max(round(side * row[0].shape[1] / row[0].shape[2]), 1) for row in rows]
+    heights = [min(max(round(side * row[0].shape[1] / row[0].shape[2]), 1), 3 * side) for row in rows]
     canvas, y = Image.new("RGB", (side * len(titles), 20 + sum(heights) + 3 * len(rows)), "white"), 20
     for i, title in enumerate(titles):
         write(ImageDraw.Draw(canvas), (i * side + 4, 3), title, 12)
