@@ -81,7 +81,7 @@ def fetch(archive, root):
         except (OSError, HTTPException) as error:  # refused, not found, too slow, cut off, another file
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise DataError(f"the disk of {root} is full: make room and call again, it goes on from here") from None
-            print(f"    failed: {error or type(error).__name__}", flush=True)
+            print(f"    failed: {str(error) or type(error).__name__}", flush=True)
     raise DataError(f"{archive.name} could not be fetched from any of {len(archive.addresses)} addresses: call again "
                     f"later, or bring it yourself as {target}" + f" (md5 {archive.md5})" * bool(archive.md5))
 
@@ -91,8 +91,8 @@ def transfer(address, partial, archive):
     if not archive.md5:  # nothing would tell a mixture of two versions
         partial.unlink(missing_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
-    if have == archive.size:
-        return
+    if have >= archive.size:
+        return  # the checksum says the rest
     with urlopen(Request(address, headers={"Range": f"bytes={have}-"} if have else {}), timeout=TIMEOUT) as answer:
         if answer.status != 206:  # the server sends it from the start
             have = 0
