@@ -114,17 +114,20 @@ class Steps(Sampler):
         return self.last - self.first
 
     def __iter__(self):
-        local, shuffled_epoch = self.batch_size // self.ranks, None
+        local = self.batch_size // self.ranks
         for step in range(self.first, self.last):
-            start = step * self.batch_size + self.rank * local
-            batch = []
-            for position in range(start, start + local):
-                epoch, i = divmod(position, self.images)
-                if epoch != shuffled_epoch:
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order, shuffled_epoch = torch.randperm(self.images, generator=generator).tolist(), epoch
-                batch.append((position, order[i]))
-            yield batch
+            yield self.batch(step)[self.rank * local:(self.rank + 1) * local]
+
+    def batch(self, step):
+        """The batch of all processes together: [(position, index of the image)]."""
+        places = (divmod(p, self.images) for p in range(step * self.batch_size, (step + 1) * self.batch_size))
+        return [(epoch * self.images + i, self.order(epoch)[i]) for epoch, i in places]
+
+    def order(self, epoch):
+        if getattr(self, "epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.shuffled = epoch, torch.randperm(self.images, generator=generator).tolist()
+        return self.shuffled
 
 
 def train_loader(dataset, steps, workers, device):

@@ -98,7 +98,7 @@ def k_at(step, steps, inside, end_share):
     inside: bool (B, N), the positions that lie in the picture and not in the padding -> int (B,).
     FACT: k falls. OURS: linearly; a share of each picture's own positions. end_share = 1 distils all of them."""
     share = 1 - (1 - end_share) * step / max(steps - 1, 1)
-    return (share * inside.sum(1).double() - 1e-6).ceil().clamp(min=1).long()  # 0.1 · 10 is 1, whatever rounding says
+    return (share * inside.sum(1) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, whatever rounding says
 
 
 def select(a, k, inside):
