@@ -52,13 +52,13 @@ def check(source, picture=None):
 
 def check_table(source):
     """The proof that no mask, looked at or not, can show an unseen class to the losses: the table has 256 entries."""
-    table = source.table(training=True).tolist()
-    for value, label in enumerate(table):
+    names = [source.classes[k] for k in source.seen]  # of the labels that the losses see
+    for value, label in enumerate(source.table(training=True).tolist()):
         k = source.values.get(value)
-        hidden = k is None or k in source.unseen
-        if label not in (IGNORE, INVALID) if hidden else label >= len(source.seen) or source.seen[label] != k:
+        right = (IGNORE, INVALID) if k is None or k in source.unseen else (source.seen.index(k),)
+        if label not in right:
             raise DataError(f"the mask value {value} of {source.name} would be trained as "
-                            f"{source.classes[source.seen[label]]!r}: a fault of the program, please report it")
+                            f"{names[label] if label < len(names) else label}: a fault of the program, report it")
 
 
 def check_values(source, part, masks):
