@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--body", "small", "--batch-size", "6", "--crop", "32", "--workers", "0", "--device", "cpu",
          "--precision", "fp32"]
 CONFIG = {"clip": "a.pt", "clip_hash": "0", "dataset": "toy", "data_root": None, "body": "small", "head": "csh",
-          "stride": None, "frozen_blocks": 1, "crop": 64, "temperature": None, "classes": ["dog", "cat"], "unseen": [1],
+          "frozen_blocks": 1, "crop": 64, "temperature": None, "classes": ["dog", "cat"], "unseen": [1],
           "templates": ["a {}"], "test": {"short_side": 64, "window": 64, "stride": 48}, "lr": 0.1, "seed": 0}
 
 
