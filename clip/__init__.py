@@ -1,3 +1,20 @@
-"""CLIP, written for this project: `clip.load`, `clip.tokenize`, `clip.CLIP`."""
-from clip.model import *  # noqa: F403
-from clip.model import CACHE, HEAD_WIDTH, MODELS, _URL, CLIPError, doubt, file_sha256, fingerprint, load, tokenize  # noqa: F401
+"""CLIP (Radford et al., arXiv 2103.00020), written for this project. Everything runs in fp32.
+
+    model = clip.load("ViT-B/16")  # a name in clip.MODELS, a file, or a folder as save_pretrained leaves it
+    c = model.encode_image(images)                              # (B, 3, H, W), RGB in [0, 1] -> (B, D)
+    t = model.encode_text(clip.tokenize(["a photo of a cat"]))  # (P, 77) -> (P, D)
+    print(model.remark)                                         # None, or what the user should know of the file
+
+model: the two towers. tokenizer: text to ids. loading: names, downloads, architecture. formats: bytes to tensors.
+names: others' parameter names and config files.
+"""
+from pathlib import Path
+
+CACHE = Path.home() / ".cache" / "clip"  # where downloads go, the folder of OpenAI's own package; may be set to another
+
+from clip.loading import MODELS, file_sha256, fingerprint, load  # noqa: E402
+from clip.model import CLIP, CLIPError, VisionTransformer, resize_positions  # noqa: E402
+from clip.tokenizer import tokenize  # noqa: E402
+
+__all__ = ["CACHE", "CLIP", "CLIPError", "MODELS", "VisionTransformer", "file_sha256", "fingerprint", "load",
+           "resize_positions", "tokenize"]
