@@ -417,7 +417,7 @@ def test_damaged_configs(small, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors(small))
     config, tried = tmp_path / "config.json", 0
     for content in (b"", b"{", b"null", b"[1]", b"NaN", b"[" * 300_000, b'{"a":' * 100_000, b"\xff\xfe{}", b"{}",
-                    b" " * 2_000_000, b'{"model_cfg": 3}',
+                    json.dumps(TRANSFORMERS).encode() + b" " * 1_000_000, b'{"model_cfg": 3}',
                     b'{"model_type": "clip", "text_config": [], "vision_config": {}}',
                     b'{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}, "preprocess_cfg": 7}'):
         config.write_bytes(content)
