@@ -2,20 +2,22 @@
 
     body features (B, C, h, w) -> adapter (trained) -> last n blocks, ln_post, proj (CLIP's, frozen) -> z (B, D, h, w)
 
-Paper: abstract of arXiv 2506.22032. FACT: frozen subnetwork + fixed projection layers + light trainable parts.
-Which blocks, the adapter's form, attention, positions: OURS, each an argument.
+FACT (abstract of arXiv 2506.22032): a frozen subnetwork, fixed projection layers, light trainable parts.
+OURS: the last n blocks, the adapter's form, no CLS token among the head's tokens, no positions added to them.
 Symbols: B images, C body channels, W CLIP's width, D joint width, N = h·w dense positions.
 """
 import copy
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from clip import CLIPError, resize_positions
+from clip import CLIPError, VisionTransformer
 
-# OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to the stream;
-# at unit scale the tokens may drown in those outputs (row gain-1 of results/toy.md is at unit scale).
+# OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to its input; tokens
+# of unit scale are drowned in those outputs.
 TOKEN_GAIN = 6.0
+RANDOM_HEAD_SEED = 0  # the weights of the random control are not saved, but drawn again from this seed
 
 
 class Adapter(nn.Module):
@@ -28,69 +30,53 @@ class Adapter(nn.Module):
         nn.init.constant_(self.norm.weight, TOKEN_GAIN)
 
     def forward(self, x):
-        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = x.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
         return self.norm(self.project(x))  # (B, N, W)
 
 
-class CSH(nn.Module):
-    """Adapter, then a frozen copy of the image tower's last `frozen_blocks` blocks, ln_post and proj.
-
-    visual         CLIP's image tower (clip.VisionTransformer); copied from, never changed
-    frozen_blocks  n, 0 to the tower's depth
-    attention      qk, vv or self (clip.Attention)
-    positional     adds CLIP's positional table, resized to h×w, to the tokens
-    No CLS token runs in the head: the one in CLIP carries an image summary that a dense head does not have (OURS).
-    """
-
-    def __init__(self, visual, in_channels, frozen_blocks=1, attention="qk", positional=False):
-        super().__init__()
-        depth = len(visual.transformer.resblocks)
-        if not 0 <= frozen_blocks <= depth:
-            raise CLIPError(f"{frozen_blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
-        self.attention = attention
-        self.adapter = Adapter(in_channels, visual.width)
-        self.clip = Tail(visual, frozen_blocks, positional).requires_grad_(False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.clip.eval()  # frozen: eval mode whatever the rest does
-        return self
-
-    def forward(self, x):
-        """(B, C, h, w) -> z (B, D, h, w), unit length over D, fp32. Gradients pass through to adapter and body."""
-        h, w = x.shape[-2:]
-        z = self.clip(self.adapter(x), h, w, self.attention)  # (B, N, D)
-        return F.normalize(z.float(), dim=-1).transpose(1, 2).unflatten(2, (h, w))
-
-
 class Tail(nn.Module):
-    """The frozen part of the head, copied from CLIP's image tower under its own names."""
+    """Frozen copy of the end of CLIP's image tower: its last `blocks` blocks, ln_post, proj, under CLIP's own names."""
 
-    def __init__(self, visual, blocks, positional):
+    def __init__(self, visual, blocks):
         super().__init__()
         depth = len(visual.transformer.resblocks)
+        if not 0 <= blocks <= depth:
+            raise CLIPError(f"{blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
         self.resblocks = copy.deepcopy(visual.transformer.resblocks[depth - blocks:])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = copy.deepcopy(visual.proj)  # (W, D)
-        self.positional_embedding = copy.deepcopy(visual.positional_embedding) if positional else None
+        self.requires_grad_(False)
 
-    def forward(self, x, h, w, attention):
-        if self.positional_embedding is not None:
-            x = x + resize_positions(self.positional_embedding, h, w)
+    def forward(self, x):
         for block in self.resblocks:
-            x = block(x, attention)
+            x = block(x)  # (B, N, W)
         return self.ln_post(x) @ self.proj  # (B, N, D)
 
 
-class LinearHead(nn.Module):
-    """Control without CLIP: the same adapter, then a trained W -> D."""
+class Head(nn.Module):
+    """(B, C, h, w) -> z (B, D, h, w), unit length over D, fp32. Gradients pass through `tail` to adapter and body."""
 
-    def __init__(self, in_channels, width, output_dim):
+    def __init__(self, in_channels, width, tail):
         super().__init__()
-        self.adapter = Adapter(in_channels, width)
-        self.proj = nn.Linear(width, output_dim, bias=False)
+        self.adapter, self.tail = Adapter(in_channels, width), tail
 
     def forward(self, x):
-        h, w = x.shape[-2:]
-        z = self.proj(self.adapter(x))  # (B, N, D)
-        return F.normalize(z.float(), dim=-1).transpose(1, 2).unflatten(2, (h, w))
+        z = self.tail(self.adapter(x))  # (B, N, D)
+        return F.normalize(z.float(), dim=-1).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+def CSH(visual, in_channels, frozen_blocks=1):
+    """The head of the method. visual: CLIP's image tower, copied from and never changed. Raises CLIPError."""
+    return Head(in_channels, visual.width, Tail(visual, frozen_blocks))
+
+
+def LinearHead(visual, in_channels):
+    """Control without CLIP: the same adapter, then one trained layer W -> D. Of `visual` only the widths are used."""
+    return Head(in_channels, visual.width, nn.Linear(visual.width, visual.output_dim, bias=False))
+
+
+def RandomHead(visual, in_channels, frozen_blocks=1):
+    """Control: CSH's shape, with frozen weights as CLIP had them before its training. Always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_HEAD_SEED)
+        return CSH(VisionTransformer(**visual.config), in_channels, frozen_blocks)

@@ -1,32 +1,30 @@
 """Evaluates a run: one joint confusion matrix over all labelled pixels, seen and unseen classes together.
 
     python evaluate.py                      # the newest run under runs/
-    python evaluate.py --run runs/voc --unseen-only --save-predictions maps
+    python evaluate.py --run runs/voc --save-predictions maps
     torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun takes --run for its own
 
-Prints a line a class, γ = 0 beside the calibrated column; writes metrics.json and preview.png.
+Prints a line a class; writes metrics.json and preview.png. hIoU = 2SU / (S + U) of the seen (S) and unseen (U) mIoU.
 """
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as TF
 
 import data
-from support import command as guard
-from support import pictures
 import sources
-from support.checkpoint import atomic, from_first_process, newest_run
-from inference import load_run, open_run_dataset, pick_device, predict, side_at_test
-from losses import world_size
+from losses import IGNORE
+from model import load_run
+from support import UserError, pictures, processes
+from support.checkpoint import atomic, newest_run
+from support.command import run_command
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
+FIGURES = {"pAcc": "pAcc", "mIoU_seen": "mIoU seen", "mIoU_unseen": "mIoU unseen", "hIoU": "hIoU"}
 
 
 # ---------------------------------------------------------------- scores
@@ -34,17 +32,17 @@ UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 
 def confusion(truth, prediction, classes):
     """Label maps -> int64 (K, K), rows truth, columns prediction; IGNORE in the truth is left out."""
-    valid = truth != sources.IGNORE
+    valid = truth != IGNORE
     index = truth[valid].long() * classes + prediction[valid].long()
-    return torch.bincount(index, minlength=classes ** 2).reshape(classes, classes)
+    return torch.bincount(index, minlength=classes**2).reshape(classes, classes)
 
 
 def metrics(matrix, classes, unseen):
     """Joint confusion matrix -> {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU": {class: value}}, in percent.
 
-    IoU of a class that is in neither truth nor prediction is None and left out of the means. hIoU = 2SU / (S + U);
-    without unseen classes mIoU_unseen and hIoU are None."""
-    matrix = matrix.double()
+    IoU of a class that is in neither truth nor prediction is None and left out of the means. Without unseen classes
+    mIoU_unseen and hIoU are None."""
+    matrix = matrix.cpu().double()
     hit = matrix.diag()
     union = matrix.sum(0) + matrix.sum(1) - hit
     iou = [100 * (h / u).item() if u > 0 else None for h, u in zip(hit, union)]
@@ -59,76 +57,43 @@ def metrics(matrix, classes, unseen):
     return {"pAcc": accuracy, "mIoU_seen": S, "mIoU_unseen": U, "hIoU": harmonic, "IoU": dict(zip(classes, iou))}
 
 
-def label(model, image, source, device, gammas=(0.0,)):
-    """`predict` by the source's recipe: uint8 image (3, H, W) -> {γ: labels (H, W)}."""
-    seen = torch.tensor([k not in source.unseen for k in range(len(source.classes))], device=device)
-    recipe = source.recipe
-    side = side_at_test(image, recipe.sides)
-    return predict(model, image.to(device), seen, gammas, side, recipe.window, recipe.stride)
+def evaluate(model, source, device, precision, gamma=None, unseen_only=False, predictions=None):
+    """Scores `model` on the source's test images; several processes take a part each, without repeats.
 
-
-@torch.inference_mode()
-def calibrate(model, source, device, images=100, loss=0.01):
-    """γ from the training images' seen labels alone: at most `loss` of the rightly labelled pixels turn unseen.
-
-    OURS. γ is that quantile of (best seen logit − best unseen logit), at the dense grid, classes set to all K.
-    No unseen label and no test image is looked at. The model is left in eval mode."""
-    if not source.unseen or not source.seen:
-        return 0.0
-    seen = torch.tensor(source.seen, device=device)
-    unseen = torch.tensor(sorted(source.unseen), device=device)
-    margins = []
-    model.eval()
-    step = max(len(source.train) // images, 1)
-    for image, labels, _ in data.ValSet(dataclasses.replace(source, val=source.train[::step][:images])):
-        short = side_at_test(image, source.recipe.sides)
-        image = TF.resize(image, [round(side * short / min(image.shape[1:])) for side in image.shape[1:]])
-        logits = model.logits(image[None].to(device).float() / 255)[0]  # (K, h, w)
-        truth = F.interpolate(labels[None, None].float(), logits.shape[1:], mode="nearest-exact")[0, 0]
-        top, k = logits[seen].max(0)
-        margin = top - logits[unseen].max(0).values
-        margins.append(margin[seen[k] == truth.to(device)].cpu())
-    margins = torch.cat(margins)
-    margins = margins[margins > 0]
-    return margins.kthvalue(max(int(loss * len(margins)), 1)).values.item() if len(margins) else 0.0
-
-
-def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
-    """Scores `model` on the source's val images; with several processes each takes its part, without repeats.
-
-    Returns {"gamma_0": metrics, "calibrated": metrics and gamma, "images": their number, "dataset", "unseen": names};
-    leaves the model in eval mode.
-    predictions    folder that gets NAME.png of every image: class indexes in a palette, γ = 0
-    unseen_only    adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
-                   classes alone: a far easier task, whose figures compare with no joint one"""
-    if unseen_only and not source.unseen:
-        raise sources.DataError(f"no class of {source.name} was unseen in training: --unseen-only would score nothing")
-    if predictions:
-        predictions.mkdir(parents=True, exist_ok=True)
-    rank = dist.get_rank() if world_size() > 1 else 0
-    K = len(source.classes)
-    loader = DataLoader(data.ValSet(source, (rank, world_size())), batch_size=None,
+    -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names}; leaves the model in eval mode.
+    gamma        adds "calibrated": metrics with γ taken off the seen classes' logits. FIELD: peers take 0.1 off seen
+                 sigmoid scores and do not say so; the figure that compares is γ = 0
+    unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
+                 classes alone: a far easier task, whose figures compare with no joint one
+    predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
+    K, recipe = len(source.classes), source.recipe
+    seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
+    gammas = {"gamma_0": 0.0, **({} if gamma is None else {"calibrated": gamma}),
+              **({"unseen_only": UNSEEN_ALONE} if unseen_only else {})}
+    lowered = torch.tensor(list(gammas.values()), device=device)[:, None] * seen  # (G, K)
+    matrices = torch.zeros(len(gammas), K, K, dtype=torch.long, device=device)
+    loader = DataLoader(data.ValSet(source, processes.rank(), processes.world_size()), batch_size=None,
                         num_workers=0 if device.type == "cpu" else 4)
-    gammas = (0.0, gamma, UNSEEN_ALONE) if unseen_only else (0.0, gamma)
-    matrices = {g: torch.zeros(K, K, dtype=torch.long, device=device) for g in gammas}
     model.eval()
     for image, truth, name in loader:
-        maps = label(model, image, source, device, tuple(matrices))
-        for g, prediction in maps.items():
-            matrices[g] += confusion(truth.to(device), prediction, K)
+        with processes.autocast(device, precision):
+            maps = model.label(image, recipe.short_side, recipe.window, recipe.stride, lowered)  # (G, H, W)
+        for matrix, labels in zip(matrices, maps):
+            matrix += confusion(truth.to(device), labels, K)
         if predictions:
-            pictures.save_mask(maps[0.0].byte().cpu().numpy(), predictions / f"{name}.png")
-    if world_size() > 1:
-        for matrix in matrices.values():
-            dist.all_reduce(matrix)
-    if unseen_only:
-        matrices[UNSEEN_ALONE][source.seen] = 0  # the rows of pixels whose truth is a seen class
-    score = {g: metrics(matrix, source.classes, source.unseen) for g, matrix in matrices.items()}
+            pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
+    if processes.world_size() > 1:
+        dist.all_reduce(matrices)
     names = [source.classes[k] for k in sorted(source.unseen)]
-    result = {"gamma_0": score[0.0], "calibrated": {**score[gamma], "gamma": gamma}, "images": len(source.val),
-              "dataset": source.name, "unseen": names}
+    result = {"images": len(source.val), "dataset": source.name, "unseen": names}
+    for key, matrix in zip(gammas, matrices):
+        if key == "unseen_only":
+            matrix[source.seen] = 0  # the rows of pixels whose truth is a seen class
+        result[key] = metrics(matrix, source.classes, source.unseen)
+    if gamma is not None:
+        result["calibrated"]["gamma"] = gamma
     if unseen_only:
-        alone = score[UNSEEN_ALONE]
+        alone = result["unseen_only"]
         result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
                                  "IoU": {name: alone["IoU"][name] for name in names}}
     return result
@@ -138,78 +103,91 @@ def evaluate(model, source, device, gamma, predictions=None, unseen_only=False):
 
 
 def table(result, source):
-    """The result as text: a line a class, then the four figures, γ = 0 beside the calibrated column."""
-    plain, calibrated = result["gamma_0"], result["calibrated"]
-    number = lambda value: f"{value:6.1f}" if value is not None else "     –"  # noqa: E731
-    width = max(len(name) for name in source.classes) + 2
-    lines = [f"{'IoU, %':<{width}}  γ = 0   γ = {calibrated['gamma']:.2f}"]
+    """The result as text: a line a class, then the four figures; a second column if a calibration was asked for."""
+    columns = [result[key] for key in ("gamma_0", "calibrated") if key in result]
+    cell = lambda value: f"{value:8.1f}" if value is not None else "       –"  # noqa: E731
+    width = max(len(name) for name in [*source.classes, *FIGURES.values()]) + 2
+    lines = [f"{'IoU, %':<{width}}" + "".join(f"  γ={c.get('gamma', 0):<4g}" for c in columns)]
     for k, name in enumerate(source.classes):
-        mark = "*" if k in source.unseen else " "
-        lines.append(f"{name + ' ' + mark:<{width}} {number(plain['IoU'][name])}   {number(calibrated['IoU'][name])}")
-    lines.append("-" * (width + 20))
-    for key, name in (("pAcc", "pAcc"), ("mIoU_seen", "mIoU seen"), ("mIoU_unseen", "mIoU unseen"), ("hIoU", "hIoU")):
-        lines.append(f"{name:<{width}} {number(plain[key])}   {number(calibrated[key])}")
-    if source.unseen:
-        lines.append(f"* unseen in training.  {result['images']} images; γ is taken off the seen classes' logits")
+        mark = " *" if k in source.unseen else ""
+        lines.append(f"{name + mark:<{width}}" + "".join(cell(c["IoU"][name]) for c in columns))
+    lines.append("-" * (width + 8 * len(columns)))
+    lines += [f"{name:<{width}}" + "".join(cell(c[key]) for c in columns) for key, name in FIGURES.items()]
+    lines.append("* unseen in training; " * bool(source.unseen) + f"{result['images']} test images")
     if "unseen_only" in result:
-        lines.append("another task, unseen pixels labelled among unseen classes alone: mIoU "
-                     f"{number(result['unseen_only']['mIoU']).strip()}, pAcc "
-                     f"{number(result['unseen_only']['pAcc']).strip()}")
+        alone = result["unseen_only"]
+        lines.append(f"another task, pixels of unseen classes labelled among these alone: mIoU "
+                     f"{cell(alone['mIoU']).strip()}, pAcc {cell(alone['pAcc']).strip()}")
+    if result.get("departures"):
+        lines.append(f"not the benchmark's protocol: {result['departures']}")
     return "\n".join(lines)
 
 
-def preview(model, source, device, path, images=6):
-    """Writes a picture, a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
-    view, rows, shown = data.ValSet(source), [], set()
-    model.eval()
+def preview(model, source, device, precision, images=6):
+    """A picture with a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
+    view, recipe, rows, shown = data.ValSet(source), source.recipe, [], set()
     for i in range(min(images, len(view))):
         image, truth, _ = view[i]
-        prediction = label(model, image, source, device)[0.0].cpu()
-        shown |= set(truth.unique().tolist()) | set(prediction.unique().tolist())
-        rows.append([image, pictures.coloured(truth), pictures.coloured(prediction)])
-    sheet = pictures.sheet(rows, ("image", "truth", "prediction"), shown, source)
-    atomic(path, lambda partial: sheet.save(partial, "PNG"))
+        with processes.autocast(device, precision):
+            labels = model.label(image, recipe.short_side, recipe.window, recipe.stride)[0].cpu()
+        shown |= set(truth.unique().tolist()) | set(labels.unique().tolist())
+        rows.append([image, pictures.coloured(truth), pictures.coloured(labels)])
+    names = {k: name.split(",")[0] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
+    return pictures.sheet(rows, ("image", "truth", "prediction"), names)
 
 
-def curves(out):
-    """Draws a run's log.jsonl as curves.png."""
-    atomic(out / "curves.png", lambda partial: pictures.curves(out / "log.jsonl").save(partial, "PNG"))
+def report(result, model, source, device, precision, out):
+    """Prints the table, writes metrics.json and preview.png into `out`."""
+    atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    pictures.save(preview(model, source, device, precision), out / "preview.png")
+    print(f"{table(result, source)}\nwrote {out}/metrics.json and preview.png", flush=True)
 
 
 # ---------------------------------------------------------------- command
 
 
-def report(result, model, source, device, out):
-    """Writes metrics.json and preview.png into `out`, prints the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    preview(model, source, device, out / "preview.png")
-    print(table(result, source))
-    print(f"wrote {out}/metrics.json and preview.png", flush=True)
+def open_run_dataset(config, name=None, root=None):
+    """The run's own data set, or another one: with the run's prompts and test sizes; unseen is what had no masks there.
+
+    Raises DataError."""
+    own = None if name else config["data_root"]
+    if own and not root and not Path(own).is_dir():
+        raise sources.DataError(f"the run's data set is no longer in {own}: give --data-root")
+    source = sources.open_dataset(name or config["dataset"], root or own)
+    source.recipe, source.templates = source.recipe.at_crop(config["crop"]), tuple(config["templates"])
+    source.unseen = {k for k, trained in enumerate(trained_on(config, source.classes)) if not trained}
+    return source
+
+
+def trained_on(config, classes):
+    """[bool], the classes that the run had masks of; on another list than its own, those that share a word with one."""
+    if list(classes) == config["classes"]:
+        return [k not in config["unseen"] for k in range(len(classes))]
+    words = {sources.plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
+             for word in name.split(",")}
+    return [any(sources.plain(word) in words for word in name.split(",")) for name in classes]
 
 
 def main(args):
-    device = pick_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else from_first_process(newest_run))
-    model, config, gamma = load_run(checkpoint, device, args.clip)
+    device = processes.start(args.device)
+    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else processes.from_first(newest_run))
+    model, config = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
+    if args.unseen_only and not source.unseen:
+        raise UserError(f"no class of {source.name} was unseen in training: leave --unseen-only away")
+    if args.short_side:
+        source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
-    first_rank = world_size() == 1 or dist.get_rank() == 0
-    if first_rank and source.classes != config["classes"]:
-        names = [source.classes[k] for k in sorted(source.unseen)]
-        print(f"{len(names)} of {len(source.classes)} classes are unseen: no word of them was trained on by name"
-              f"{': ' * bool(names)}{', '.join(names)}", flush=True)
-    if args.gamma is not None:
-        gamma = args.gamma
-    elif gamma is None or other:  # an unfinished run, or other classes
-        gamma = from_first_process(lambda: calibrate(model, source, device))
-    result = evaluate(model, source, device, gamma, args.save_predictions, args.unseen_only)
-    result["checkpoint"] = str(checkpoint)
-    if first_rank:
+    precision = args.precision or processes.fast_precision(device)
+    result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
+    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(filter(None, (
+        config["departures"], f"test short side {args.short_side}" * bool(args.short_side))))}
+    if processes.rank() == 0:
+        if source.classes != config["classes"]:
+            print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",
+                  flush=True)
         inside = Path(other).resolve().name if other else "."  # leaves the run's own figures alone
-        report(result, model, source, device, args.out_dir or checkpoint.parent / inside)
+        report(result, model, source, device, precision, args.out_dir or checkpoint.parent / inside)
     return result
 
 
@@ -221,18 +199,19 @@ def parse(argv=None):
     group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
     group("--dataset", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: the run's own)")
     group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
-    group("--device", help="cpu or cuda (default: cuda if there is one)")
-    group = parser.add_argument_group("how it is scored, what is written").add_argument
-    group("--gamma", type=float, help="taken off seen classes' logits in the calibrated column (default: the run's "
-          "own, from seen training labels)")
-    group("--unseen-only", action="store_true", help="score also the unseen classes' pixels among the unseen classes "
-          "alone, under that name: no joint figure")
-    group("--save-predictions", type=Path, metavar="FOLDER", help="write NAME.png of each test image, class indexes in "
-          "a palette, γ = 0 (default: none)")
+    group = parser.add_argument_group("how").add_argument
+    group("--short-side", type=int, metavar="PIXELS", help="test images are resized to it (default: as in training)")
+    group("--gamma", type=float, help="adds a column with γ taken off the seen classes' logits (default: γ = 0 alone)")
+    group("--unseen-only", action="store_true", help="also score the unseen classes' pixels among these classes alone")
+    group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
+    group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
+    group = parser.add_argument_group("what is written").add_argument
+    group("--save-predictions", type=Path, metavar="FOLDER", help="NAME.png of each test image: class indexes in a "
+          "palette, γ = 0 (default: none)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; "
-          "with --dataset or --data-root a folder of that name in it)")
+          "for another data set a folder in it)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    guard.run_command(main, parse)
+    run_command(main, parse)

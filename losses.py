@@ -1,26 +1,24 @@
-"""The losses of Chimera-Seg, one function an equation. None of them knows a model. Half-precision input is taken to
-fp32; call them outside autocast, which would undo that.
+"""The losses of Chimera-Seg, one function an equation. None of them knows a model.
 
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
 t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) of unit length, τ temperatures.
-Labels are integers 0..K-1; IGNORE marks void pixels and pixels of unseen classes: no loss comes from them.
+Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes: no loss comes from them.
 
-With torch.distributed running, every loss is scaled so that DDP's mean of gradients over ranks is the gradient of
-the loss over the whole batch: the result does not depend on the number of processes. No loss looks at a number of its
-tensors, so that a GPU is never waited for.
+Half-precision input is taken to fp32: call the losses outside autocast, which would undo that.
+With several processes every loss is scaled so that DDP's mean of the gradients is the gradient of the loss over the
+whole batch: the result does not depend on their number. No loss reads a value of a tensor, so a GPU is never waited for.
 """
-import functools
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from support.processes import rank, world_size
 
 IGNORE = 255
-TAU = 0.07  # τ_g, and τ unless given. LINE: the group's earlier InfoNCE; train.py gives text logits CLIP's own τ
-BANK = 256  # OURS: earlier CLS embeddings kept as negatives
-BAND = {"cpu": 2 ** 20, "cuda": 2 ** 26}  # logits that cross-entropy holds at a time: a cache's fill, a few launches
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # FIELD: the peers' focal loss
+TAU_G = 0.07  # τ_g. LINE: the group's earlier InfoNCE
+BANK = 256  # M, earlier CLS embeddings kept as negatives. LINE: a bank; OURS: its size
+BAND = 2**23  # upsampled logits held at a time
 
 
 def fp32(x):
@@ -28,12 +26,8 @@ def fp32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def global_mean(total, count):
-    """Σ over this rank / mean count over ranks: averaged over ranks, that is Σ over all / count over all."""
+    """Sum over this process / mean count over processes; the mean of it over processes is the mean over all."""
     count = count.to(total.dtype)
     if world_size() > 1:
         dist.all_reduce(count)
@@ -41,7 +35,7 @@ def global_mean(total, count):
 
 
 def gather(x):
-    """(B, D) of every rank -> (ranks · B, D) in rank order, without gradient."""
+    """(B, D) of every process -> (processes · B, D) in the order of ranks, without gradient."""
     if world_size() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -49,136 +43,98 @@ def gather(x):
     return torch.cat(parts)
 
 
-# ---------------------------------------------------------------- pixel-text classification (METHOD: L_seg)
+# ---------------------------------------------------------------- pixel-text classification: L_seg
 
 
-def pixel_text_logits(z, t, tau=TAU):
+def pixel_text_logits(z, t, tau):
     """logits_ik = z_i · t_k / τ:  (B, D, h, w), (K, D) -> (B, K, h, w)."""
     return torch.einsum("bdhw,kd->bkhw", z, t) / tau
 
 
-def cross_entropy_loss(z, t, labels, tau=TAU):
-    """Softmax cross-entropy at the labels' own resolution. labels int (B, H, W) -> scalar."""
-    total = UpsampledCrossEntropy.apply(pixel_text_logits(fp32(z), fp32(t), tau), labels)
+def cross_entropy_loss(z, t, labels, tau):
+    """L_seg: softmax cross-entropy of the upsampled logits, mean over labelled pixels. labels (B, H, W) -> scalar. FIELD
+
+    Taken in bands of rows, each made again in the backward pass: (B, K, H, W) logits never exist at a time."""
+    logits = pixel_text_logits(fp32(z), fp32(t), tau)
+    total = sum(checkpoint(_cross_entropy_of_rows, logits, labels, rows, use_reentrant=False, preserve_rng_state=False)
+                for rows in bands(logits, labels.shape[1:]))
     return global_mean(total, (labels != IGNORE).sum())
 
 
-@functools.lru_cache(maxsize=8)
-def linear_weights(n, size, dtype=torch.double, device="cpu"):
-    """The matrix (size, n) of F.interpolate's linear mode from n values to `size`, align_corners=False."""
-    return F.interpolate(torch.eye(n, dtype=torch.double)[None], size, mode="linear")[0].T.to(device, dtype)
+def _cross_entropy_of_rows(logits, labels, rows):
+    logits = upsampled_rows(logits, labels.shape[1:], rows).flatten(0, 2)  # (B · rows · W, K)
+    return F.cross_entropy(logits, labels[:, rows].flatten().long(), ignore_index=IGNORE, reduction="sum")
 
 
-class UpsampledCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), labels, reduction="sum"), in bands of rows.
-
-    (B, K, H, W) never exists: each band's gradient is taken while the band is there. Sizes and results are the same."""
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        """logits (B, K, h, w), labels int (B, H, W) -> scalar"""
-        B, K, h, w = logits.shape
-        H, W = labels.shape[1:]
-        rows, columns = (linear_weights(*sides, logits.dtype, logits.device) for sides in ((h, H), (w, W)))  # (H, h), …
-        tall = torch.einsum("yh,bkhw->bywk", rows, logits)
-        gradient, total = torch.empty_like(tall), logits.new_zeros(())
-        height = max(BAND[logits.device.type] // (B * W * K), 1)
-        for y in range(0, H, height):
-            band = slice(y, y + height)
-            truth = labels[:, band, :, None].long()  # (B, y, W, 1)
-            valid = (truth != IGNORE).to(logits.dtype)
-            truth = truth.where(valid > 0, 0)
-            log_p = (columns @ tall[:, band]).log_softmax(-1)  # (B, y, W, K)
-            total -= (log_p.gather(-1, truth) * valid).sum()
-            error = log_p.exp_().scatter_add_(-1, truth, -torch.ones_like(valid)).mul_(valid)  # p − truth
-            gradient[:, band] = columns.T @ error
-        ctx.save_for_backward(torch.einsum("yh,bywk->bkhw", rows, gradient))
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale, None
+def bands(logits, size):
+    """Logits (B, K, h, w) and (H, W) -> slices of the H rows, each of at most BAND upsampled logits."""
+    (H, W), (B, K) = size, logits.shape[:2]
+    height = max(BAND // (B * K * W), 1)
+    return [slice(y, min(y + height, H)) for y in range(0, H, height)]
 
 
-def nel_loss(z, t, labels, tau=TAU):
-    """Non-mutually-exclusive loss of the field: sigmoid focal + dice, each class against the rest.
+def upsampled_rows(logits, size, rows):
+    """F.interpolate(logits, size, mode="bilinear")[:, :, rows], made without the other rows and with classes last.
 
-    Ignored pixels are left out of both; in the peers' code they are negatives of every class."""
-    logits = pixel_text_logits(fp32(z), fp32(t), tau)
-    logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)  # (B, K, H, W)
-    valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-    truth = F.one_hot(labels.long().where(valid[:, 0], 0), len(t)).permute(0, 3, 1, 2) * valid  # (B, K, H, W)
-    truth, p = truth.to(logits.dtype), logits.sigmoid()
-    error = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    weight = (FOCAL_ALPHA * truth + (1 - FOCAL_ALPHA) * (1 - truth)) * (p - truth).abs() ** FOCAL_GAMMA
-    focal = global_mean((weight * error * valid).sum(), valid.sum())
-    p = p * valid
-    dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / ((p * p).sum((2, 3)) + truth.sum((2, 3)) + 1)  # (B, K)
-    present = truth.sum((2, 3)) > 0  # OURS: classes absent from an image are left to the focal term
-    return focal + global_mean((dice * present).sum(), present.sum())
-
-
-# ---------------------------------------------------------------- Selective Global Distillation (METHOD: L_sgd)
-
-
-def k_at(step, steps, positions, end_share=0.1, schedule="linear"):
-    """k(t): how many of N positions are distilled at `step` of `steps`. Falls from N to end_share · N.
-
-    FACT: it falls. OURS: linear; `cosine`, and `constant` (end_share · N from the first step on)."""
-    progress = min(step / max(steps - 1, 1), 1)
-    if schedule == "linear":
-        share = 1 - (1 - end_share) * progress
-    elif schedule == "cosine":
-        share = end_share + (1 - end_share) * (1 + math.cos(math.pi * progress)) / 2
-    elif schedule == "constant":
-        share = end_share
+    logits (B, K, h, w), size (H, W), rows a slice of the H rows -> (B, number of rows, W, K)"""
+    h, (H, W) = logits.shape[2], size
+    if h == H:
+        logits = logits[:, :, rows]
     else:
-        raise ValueError(f"k schedule {schedule!r} is unknown: choose linear, cosine or constant")
-    return max(round(share * positions), 1)
+        at = ((torch.arange(rows.start, rows.stop) + 0.5) * (h / H) - 0.5).clamp(0, h - 1)  # in rows of logits
+        first, last = int(at[0]), min(int(at[-1]) + 2, h)  # read on the CPU: no GPU is waited for
+        weights = (1 - (at[:, None] - torch.arange(first, last)).abs()).clamp(min=0)  # (number of rows, last − first)
+        logits = torch.einsum("yh,bkhw->bkyw", weights.to(logits), logits[:, :, first:last])
+    logits = logits.contiguous(memory_format=torch.channels_last)  # the softmax over K is twice as fast so
+    return F.interpolate(logits, (logits.shape[2], W), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
 
 
-def select(a, k, inside=None):
-    """S_t, the k positions of largest a (B, N), or all that are `inside` (bool (B, N)) if fewer: -> (B, N), 1 or 0."""
-    if inside is None:
-        inside = torch.ones_like(a, dtype=torch.bool)
-    chosen = a.masked_fill(~inside, -torch.inf).topk(k, dim=1).indices
-    return torch.zeros_like(a).scatter(1, chosen, 1) * inside
+# ---------------------------------------------------------------- Selective Global Distillation: L_sgd
 
 
-def global_prototype(z, c, k, inside=None):
-    """p = normalise(Σ z_i over S_t), S_t the k positions with the largest a_i = z_i · c. -> (B, D)"""
-    z = z.flatten(2)  # (B, D, N)
+def k_at(step, steps, inside, end_share):
+    """k_b(t) = ⌈share(t) · N_b⌉, N_b the positions of picture b; share falls from 1 to `end_share` = r_end.
+
+    inside: bool (B, N), the positions that lie in the picture and not in the padding -> int (B,).
+    FACT: k falls. OURS: linearly; a share of each picture's own positions. end_share = 1 distils all of them."""
+    share = 1 - (1 - end_share) * step / max(steps - 1, 1)
+    return (share * inside.sum(1) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, whatever rounding says
+
+
+def select(a, k, inside):
+    """S_t: the k_b positions of largest a inside each picture. a (B, N), k (B,), inside (B, N) -> 1 or 0, (B, N)."""
+    order = a.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True)
+    chosen = torch.arange(a.shape[1], device=a.device) < k[:, None]  # the first k_b of that order
+    return torch.zeros_like(a).scatter(1, order, chosen.to(a.dtype)) * inside
+
+
+def sgd_loss(z, c, k, inside, bank):
+    """L_sgd: the k_b dense features most similar to the CLS embedding c are pulled towards it. FACT
+
+    a_i = z_i · c,  S = the k_b positions of largest a_i,  p = normalise(mean of z_i over S),
+    L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g),  j over the batch of all processes and the bank.  LINE
+    c (B, D), k (B,), inside (B, N), bank (M, D) -> scalar"""
+    z, c = fp32(z).flatten(2), fp32(c)  # (B, D, N)
     a = torch.einsum("bdn,bd->bn", z.detach(), c)
-    return F.normalize(torch.einsum("bdn,bn->bd", z, select(a, k, inside)), dim=1)
+    p = F.normalize(torch.einsum("bdn,bn->bd", z, select(a, k, inside)), dim=1)  # (B, D)
+    keys = torch.cat([gather(c), bank])  # (processes · B + M, D)
+    target = torch.arange(len(p), device=p.device) + rank() * len(p)
+    return F.cross_entropy(p @ keys.T / TAU_G, target)
 
 
-def sgd_loss(z, c, k, bank=None, tau=TAU, inside=None):
-    """L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g); j over the batch of all ranks and `bank` (M, D).
-
-    inside: bool (B, N), the positions that show the picture. OURS: with the grey around small pictures left in, it is
-    about half of what is selected there at the end (results/padding.md)."""
-    z, c = fp32(z), fp32(c)
-    p = global_prototype(z, c, k, inside)
-    keys = gather(c) if bank is None else torch.cat([gather(c), bank])  # (ranks·B + M, D)
-    rank = dist.get_rank() if world_size() > 1 else 0
-    target = torch.arange(len(p), device=p.device) + rank * len(p)
-    return F.cross_entropy(p @ keys.T / tau, target)
+def push(bank, c):
+    """The bank of earlier CLS embeddings, newest first, at most BANK. bank (M, D), c (B, D) -> (M', D)."""
+    return torch.cat([gather(fp32(c)), bank])[:BANK]
 
 
-def push(bank, c, size):
-    """The bank of earlier CLS embeddings, newest first, at most `size` rows. bank (M, D), c (B, D) -> (M', D)."""
-    return torch.cat([gather(fp32(c)), bank])[:size]
+# ---------------------------------------------------------------- Semantic Alignment Module: L_sam
 
 
-# ---------------------------------------------------------------- Semantic Alignment Module (METHOD: L_sam)
+def sam_loss(z, t, labels, tau):
+    """L_sam: class prototypes are aligned with text. FACT: dense features with text embeddings; LINE: prototypes
 
-
-def sam_loss(z, t, labels, tau=TAU, kind="ce"):
-    """r_bk = normalise(mean of z_i over seen class k's pixels in image b); aligns r_bk · t / τ with k.
-
-    Labels (B, H, W) are read at the features' grid by nearest neighbour. FACT: dense features are aligned with text
-    embeddings; LINE: prototypes, `bce` (each class against the rest); OURS: `ce` (softmax over seen classes)."""
+    r_bk = normalise(mean of z_i over the pixels of class k in image b),  cross-entropy of r_bk · t / τ against k.  OURS
+    Labels (B, H, W) are read at the features' grid by nearest neighbour -> scalar"""
     z, t = fp32(z), fp32(t)
     B, D, h, w = z.shape
     K = len(t)
@@ -186,14 +142,7 @@ def sam_loss(z, t, labels, tau=TAU, kind="ce"):
     row = torch.arange(B, device=z.device)[:, None] * K + grid  # image b, class k -> b·K + k
     row = row.where(grid != IGNORE, B * K).flatten()  # a last row takes what is ignored
     features = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B·N, D)
-    sums = z.new_zeros(B * K + 1, D).index_add(0, row, features)[:-1]
+    r = F.normalize(z.new_zeros(B * K + 1, D).index_add(0, row, features)[:-1], dim=1)  # (B·K, D), 0 where absent
     present = z.new_zeros(B * K + 1).index_fill(0, row, 1)[:-1]
-    logits = F.normalize(sums, dim=1) @ t.T / tau  # (B·K, K); rows of absent classes are 0 and weigh nothing
     k = torch.arange(K, device=z.device).repeat(B)
-    if kind == "ce":
-        loss = F.cross_entropy(logits, k, reduction="none")
-    elif kind == "bce":
-        loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(k, K).to(logits), reduction="none").mean(1)
-    else:
-        raise ValueError(f"SAM kind {kind!r} is unknown: choose ce or bce")
-    return global_mean((loss * present).sum(), present.sum())
+    return global_mean((F.cross_entropy(r @ t.T / tau, k, reduction="none") * present).sum(), present.sum())

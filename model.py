@@ -1,71 +1,55 @@
 """The segmenter: a trainable body, a head into CLIP's joint space, and frozen text embeddings as the classifier.
 
-    images (B, 3, H, W) in [0, 1] -> body (B, C, h, w) -> head z (B, D, h, w); logits = z · t / τ
+    images (B, 3, H, W) in [0, 1] -> body (B, C, h, w) -> head z (B, D, h, w);  logits = z · t / τ
 
-Any body whose forward maps normalised images to (B, C, h, w), with `out_channels` = C, will do (bodies.py).
 Symbols: B images, C body channels, D joint width, K classes, h×w the dense grid.
 """
-import contextlib
-import hashlib
-import os
-from functools import partial
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import clip
-from support.archive import misfit
 from bodies import ModelError, build_body
-from clip_head import CSH, LinearHead
-from losses import pixel_text_logits
+from clip_head import CSH, LinearHead, RandomHead
+from losses import IGNORE, bands, pixel_text_logits, upsampled_rows
+from support.archive import misfit
+from support.checkpoint import read_checkpoint
+from support.processes import from_first
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RANDOM_HEAD_SEED = 0  # the random-weights control is not saved: it is drawn again from this seed
+ENLARGED = 8  # times, at most, before the test: a strip of a picture would else need any amount of memory
+SETTINGS = ("body", "body_weights", "head", "frozen_blocks", "temperature")  # of a run, which `build` takes
 
 
 @torch.no_grad()
 def text_embeddings(clip_model, names, templates):
-    """Class names -> t (K, D), unit length. Each template's embedding is normalised, their mean normalised again.
+    """Class names -> t (K, D), unit length. Each template's embedding is normalised, their mean normalised again. FIELD
 
-    Synonyms in a name are separated by commas; they are averaged like templates (FIELD). Kept in clip.CACHE under the
-    hash of all that they are made of: 171 classes in 15 templates take ViT-B/16's text tower half a minute on a CPU."""
-    words = [[word.strip() for word in name.split(",")] for name in names]
-    texts = [[template.replace("{}", word) for word in synonyms for template in templates] for synonyms in words]
-    tower = clip.fingerprint(clip_model, text_tower_only=True)
-    content = hashlib.sha256(repr((texts, tower)).encode() + Path(clip.__file__).read_bytes())
-    path = clip.CACHE / f"text-{content.hexdigest()[:32]}.pt"
-    try:
-        t = torch.load(path, weights_only=True)
-        assert t.shape == (len(names), clip_model.text_projection.shape[1])
-        return t
-    except Exception:  # not there yet, damaged, or something else
-        tokens = [clip.tokenize(rows, clip_model.context_length) for rows in texts]
-        t = [F.normalize(clip_model.encode_text(rows).float(), dim=-1).mean(0) for rows in tokens]
-        t = F.normalize(torch.stack(t), dim=-1).cpu()
-    with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written is no cache
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        torch.save(t, unfinished)
-        unfinished.replace(path)
-    return t
+    Synonyms in a name are separated by commas and averaged as templates are; underscores are read as spaces."""
+    t = []
+    for name in names:
+        words = [" ".join(word.replace("_", " ").split()) for word in name.split(",")]
+        tokens = clip.tokenize([template.replace("{}", word) for word in words for template in templates],
+                               clip_model.context_length)  # (P, 77)
+        each = F.normalize(clip_model.encode_text(tokens.to(clip_model.text_projection.device)).float(), dim=-1)  # (P, D)
+        t.append(F.normalize(each.mean(0), dim=-1))
+    return torch.stack(t)
 
 
 class ChimeraSeg(nn.Module):
-    """body + head + text embeddings `t` (K, D), a buffer that `set_classes` fills and may refill at any time."""
+    """body + head + text embeddings `t` (K, D), a buffer that `set_classes` fills and may fill again at any time."""
 
     def __init__(self, body, head, clip_model, tau):
         super().__init__()
         self.body, self.head, self.tau = body, head, tau
-        self.embed = partial(text_embeddings, clip_model)  # so CLIP is no submodule: not trained, not saved, not moved
+        self.clip = [clip_model]  # in a list it is no submodule: not trained, not saved
         self.register_buffer("t", torch.empty(0), persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def set_classes(self, names, templates):
         """The classes that `logits` tells apart from now on: K names, each put into every template."""
-        self.t = self.embed(names, templates).to(self.mean.device)
+        self.t = text_embeddings(self.clip[0], names, templates).to(self.mean.device)
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> dense features z (B, D, h, w), unit length over D."""
@@ -74,6 +58,40 @@ class ChimeraSeg(nn.Module):
     def logits(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ."""
         return pixel_text_logits(self(images), self.t, self.tau)
+
+    @torch.inference_mode()
+    def label(self, image, short_side, window, stride, lowered=None, threshold=-1.0):
+        """Labels a whole picture: sliding windows, logits averaged where they overlap, argmax at the picture's own size.
+
+        image       uint8 (3, H, W); resized to `short_side` for the test. window, stride: pixels of that size
+        lowered     (G, K), what is taken off the logits of each class: one label map for each of the G rows; default 0
+        threshold   where the winner's cosine is lower, there is no label
+        -> uint8 (G, H, W), IGNORE where no label is; (K, H, W) logits never exist at a time
+        """
+        if lowered is None:
+            lowered = torch.zeros(1, len(self.t), device=self.t.device)
+        H, W = image.shape[1:]
+        factor = min(short_side / min(H, W), ENLARGED)
+        h, w = max(round(H * factor), 1), max(round(W * factor), 1)
+        image = image.to(self.mean.device)[None].float() / 255
+        if factor != 1:
+            image = F.interpolate(image, (h, w), mode="bilinear", align_corners=False, antialias=True)
+        total, count = torch.zeros(1, len(self.t), h, w, device=image.device), torch.zeros(h, w, device=image.device)
+        for top in starts(h, window, stride):
+            row = [(..., slice(top, top + window), slice(left, left + window)) for left in starts(w, window, stride)]
+            for at, logits in zip(row, self.logits(torch.cat([image[at] for at in row])).float()):
+                total[at] += F.interpolate(logits[None], count[at].shape, mode="bilinear", align_corners=False)
+                count[at] += 1
+        total /= count  # (1, K, h, w)
+        labels = torch.empty(len(lowered), H, W, dtype=torch.uint8, device=image.device)
+        for rows in bands(total, (H, W)):
+            logits = upsampled_rows(total, (H, W), rows)[0]  # (rows, W, K)
+            for g, off in enumerate(lowered):
+                winner = (logits - off).argmax(-1, keepdim=True)
+                if threshold > -1:
+                    winner = winner.masked_fill(logits.gather(-1, winner) < threshold / self.tau, IGNORE)
+                labels[g, rows] = winner[..., 0].byte()
+        return labels
 
     def trained_state(self):
         """State dict without the frozen tensors: CLIP's part of the head comes from CLIP's own file."""
@@ -86,25 +104,41 @@ class ChimeraSeg(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def build(clip_model, /, *, body="small", body_weights="default", stride=None, head="csh", frozen_blocks=1,
-          attention="qk", positional=False, temperature=None, **_):
-    """The segmenter from plain values; other keys are passed over, so that a run's whole config may be given.
+def starts(size, window, stride):
+    """Where the windows begin that cover `size` pixels; the last one is pushed back inside."""
+    return [0] if size <= window else [*range(0, size - window, stride), size - window]
 
-    head: csh, linear (no CLIP in it) or random (CSH with random frozen weights). `clip_model` is only read: the head
-    copies its part, and the image tower may then be dropped. temperature: τ, CLIP's own when None. Raises ModelError,
-    CLIPError."""
-    visual = clip_model.visual
-    body = build_body(body, body_weights, stride)
-    if head == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_HEAD_SEED)
-            visual = clip.VisionTransformer(visual.input_size, visual.patch_size, visual.width,
-                                            len(visual.transformer.resblocks), visual.output_dim)
-    if head == "linear":
-        head = LinearHead(body.out_channels, visual.width, visual.output_dim)
-    elif head in ("csh", "random"):
-        head = CSH(visual, body.out_channels, frozen_blocks, attention, positional)
-    else:
-        raise ModelError(f"no head {head!r}: choose csh, linear or random")
+
+def build(clip_model, *, body="small", body_weights="default", head="csh", frozen_blocks=1, temperature=None):
+    """The segmenter from plain values.
+
+    body         a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, out_channels, h, w)
+    head         csh, linear (no CLIP in it) or random (CSH's shape, random frozen weights)
+    temperature  τ, CLIP's own when None
+    `clip_model` is only read: the head copies its part, and its image tower may then be dropped.
+    Raises ModelError, CLIPError."""
+    if not isinstance(body, nn.Module):
+        body = build_body(body, body_weights)
+    heads = {"csh": lambda: CSH(clip_model.visual, body.out_channels, frozen_blocks),
+             "linear": lambda: LinearHead(clip_model.visual, body.out_channels),
+             "random": lambda: RandomHead(clip_model.visual, body.out_channels, frozen_blocks)}
+    if head not in heads:
+        raise ModelError(f"no head {head!r}: choose {', '.join(heads)}")
     body = body.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and CUDA
-    return ChimeraSeg(body, head, clip_model, temperature or 1 / clip_model.logit_scale.exp().item())
+    return ChimeraSeg(body, heads[head](), clip_model, temperature or 1 / clip_model.logit_scale.exp().item())
+
+
+def load_run(checkpoint, device, clip_file=None):
+    """last.pt of train.py -> (model in eval mode without CLIP's image tower, config).
+
+    clip_file: where the run's CLIP lies now, by default where it lay in training.
+    Raises CheckpointError, ModelError, CLIPError."""
+    saved = from_first(lambda: read_checkpoint(checkpoint))
+    config = saved["config"]
+    clip_model = clip.load(clip_file or config["clip"]).to(device)
+    if clip.fingerprint(clip_model) != config["clip_hash"]:
+        raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: give --clip")
+    model = build(clip_model, **{**{key: config[key] for key in SETTINGS}, "body_weights": "none"})
+    del clip_model.visual  # what the head needs of it, it has copied
+    model.load_trained_state(saved["model"])
+    return model.to(device).eval(), config

@@ -17,18 +17,21 @@ from pathlib import Path
 
 import torch
 
-import data
-from support import command as guard
-import inference
-from support import pictures
-import sources
+from evaluate import open_run_dataset, trained_on
+from losses import IGNORE
+from model import load_run
+from sources import INVALID, DataError
+from sources.files import read_image
+from support import pictures, processes
 from support.checkpoint import atomic, newest_run, read_checkpoint
+from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder
 
 
-def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None):
+def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None,
+            short_side=None, precision=None):
     """Path or uint8 tensor (3, H, W) -> uint8 labels (H, W), 255 where no class is, and the K class names.
 
     classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default
@@ -37,15 +40,19 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     threshold   cosine of pixel and words below which a pixel is 255
     gamma       taken off the logits of classes that the run trained on
     clip_file   where the run's CLIP lies now; by default where it lay in training
-    Raises DataError, ModelError, CLIPError."""
+    short_side  pixels, to which the picture is resized; as in the run's test by default
+    precision   bf16 or fp32; by default bf16 where it is faster
+    Raises DataError, ModelError, CLIPError, CheckpointError."""
+    device = processes.start(device)
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
-                                      inference.pick_device(device), clip_file)
+                                      device, clip_file)
     if not isinstance(image, torch.Tensor):
-        image = data.read_image(image, upright=True)
-    short = inference.side_at_test(image, config["test"]["sides"])
-    labels = inference.predict(model, image.to(seen.device), seen, (gamma,), short, config["test"]["window"],
-                               config["test"]["stride"], floor=threshold / model.tau)[gamma]
-    return labels.masked_fill(labels >= len(names), sources.IGNORE).byte().cpu(), names
+        image = read_image(image, upright=True)
+    test = config["test"]
+    with processes.autocast(device, precision or processes.fast_precision(device)):
+        labels = model.label(image, short_side or test["short_side"], test["window"], test["stride"],
+                             gamma * seen[None], threshold)[0]
+    return labels.masked_fill(labels == len(names), IGNORE).cpu(), names  # the last class is OTHER
 
 
 def split(classes):
@@ -54,9 +61,9 @@ def split(classes):
     names = [",".join(word.strip() for word in part.split("|") if word.strip()) for part in parts]
     names = [name for name in names if name]
     firsts = [name.split(",")[0] for name in names]
-    if not 0 < len(set(firsts)) == len(names) < sources.INVALID:
-        raise sources.DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to "
-                                f'{sources.INVALID - 1}, each once, such as "cat, sofa|couch"')
+    if not 0 < len(set(firsts)) == len(names) < INVALID:
+        raise DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
+                        'once, such as "cat, sofa|couch"')
     return names
 
 
@@ -68,17 +75,17 @@ def written(run):
 
 
 @lru_cache(1)
-def load_run(checkpoint, _, device, clip_file):
-    return inference.load_run(checkpoint, device, clip_file)
+def loaded_run(checkpoint, _, device, clip_file):
+    return load_run(checkpoint, device, clip_file)
 
 
 @lru_cache(1)
 def load(checkpoint, written_at, classes, other, device, clip_file):
     """-> model that tells the classes apart, their names, bool (K,) which the run trained on, the run's config."""
-    model, config, _ = load_run(checkpoint, written_at, device, clip_file)
+    model, config = loaded_run(checkpoint, written_at, device, clip_file)
     classes = list(classes or config["classes"])
     model.set_classes(classes + [OTHER] * other, config["templates"])
-    seen = inference.trained_on(config, classes) + [False] * other
+    seen = trained_on(config, classes) + [False] * other
     return model, [name.split(",")[0].strip() for name in classes], torch.tensor(seen, device=device), config
 
 
@@ -88,7 +95,7 @@ def find(paths):
     for path in paths:
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise sources.DataError(f"no picture in {path}: expected files that end in {', '.join(SUFFIXES)}")
+            raise DataError(f"no picture in {path}: expected files that end in {', '.join(SUFFIXES)}")
         files += inside
     return files
 
@@ -97,10 +104,10 @@ def write(image, labels, names, out, stem, about):
     """The three files of one picture -> {class: share of the pixels}, "none" for those without a class."""
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
-    none = pixels[sources.IGNORE] / labels.numel()
+    none = pixels[IGNORE] / labels.numel()
     about |= {"width": labels.shape[1], "height": labels.shape[0], "classes": share, "none": none}
-    atomic(out / f"{stem}.overlay.png", lambda path: pictures.overlay(image, labels, names).save(path, "PNG"))
-    atomic(out / f"{stem}.mask.png", lambda path: pictures.save_mask(labels.numpy(), path))
+    pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png")
+    pictures.save_mask(labels, out / f"{stem}.mask.png")
     atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
     return share | {"none": none}
 
@@ -111,30 +118,29 @@ def main(args):
     files = find(args.pictures)
     if not files:
         config = read_checkpoint(checkpoint)["config"]
-        files = [Path(inference.open_run_dataset(config).val[0][1])]
+        files = [Path(open_run_dataset(config).val[0][1])]
         print(f"no picture named: a test picture of {config['dataset']}")
     skipped, stems = 0, set()
     for file in files:
         try:
-            image = data.read_image(file, upright=True)
-        except sources.DataError as error:
+            image = read_image(file, upright=True)
+        except DataError as error:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             skipped += 1
             continue
         labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device,
-                                args.clip)
+                                args.clip, args.short_side, args.precision)
         stem, n = file.stem, 1
         while stem in stems:  # a.jpg and a.png, or a.jpg of two folders
             stem, n = f"{file.stem}-{n + 1}", n + 1
         stems.add(stem)
-        out.mkdir(parents=True, exist_ok=True)
         share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
         most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
         most = [f"{name} {pictures.percent(share[name])}" for name in most[:5]] + ["…"] * (len(most) > 5)
         print(f"{file}: {', '.join(most)}\n"
               f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
-        raise sources.DataError(f"{skipped} of {len(files)} pictures skipped")
+        raise DataError(f"{skipped} of {len(files)} pictures skipped")
 
 
 def parse(argv=None):
@@ -142,20 +148,21 @@ def parse(argv=None):
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE|FOLDER", help="by default the first test "
                         "picture of the run's data set: a scene of the toy world after a bare `python train.py`")
     group = parser.add_argument_group("classes").add_argument
-    group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (in classes.txt: a line a "
-          "class, synonyms by commas) (default: the run's own)")
+    group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (default: the run's own)")
     group("--other", action="store_true", help=f'also set "{OTHER}" against them; what it wins gets no class')
     group("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels less like their class's words get no "
           "class, -1 to 1; try 0.3 (default: -1, every pixel gets a class)")
     group("--gamma", type=float, default=0.0, help="taken off the logits of classes that the run trained on, where "
-          "these swallow new names (default: 0; evaluate.py prints the run's calibrated γ)")
+          "these swallow new names (default: 0)")
     group = parser.add_argument_group("run").add_argument
     group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
     group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
+    group("--short-side", type=int, metavar="PIXELS", help="pictures are resized to it (default: as in the run's test)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
-    group("--device", help="cpu or cuda (default: cuda if there is one)")
+    group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
+    group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    guard.run_command(main, parse)
+    run_command(main, parse)

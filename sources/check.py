@@ -1,58 +1,66 @@
 """The data check: what training would only show as bad figures, found in seconds. train.py starts with it.
 
-    python data.py --dataset voc --download             # fetches VOC 2012, and says what is still missing
-    python data.py --dataset voc --data-root data/voc   # the data check: counts, a picture, what is wrong
+    python data.py --dataset voc --download   # fetches what is missing, then looks at it
+    python data.py --dataset my_data          # the check alone: counts, mask values, a picture
 """
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from sources import IGNORE, INVALID, NAMES, DataError, download_dataset, open_dataset
+from sources.files import read_pair, value_counts
 from support import pictures
-from data import TrainSet, ValSet, value_counts
-from sources import IGNORE, NAMES, DataError, download_voc, open_dataset
 
-CHECKED = 100  # images of each part that are decoded
+CHECKED = 100  # images of each part that are decoded, evenly spread
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
 def check(source, picture=None):
-    """Looks at a data set -> lines of remarks. Raises DataError.
+    """Looks at a data set -> remarks, a line each. Raises DataError.
 
-    Listings were checked whole when the set was opened; here CHECKED images of each part, evenly spread, go through
-    TrainSet and ValSet. `picture`: a training sample and a test sample, image | labels, with their classes.
-    One's own classes.txt is the order itself: only the picture can show that the masks follow another."""
-    remarks, parts = [], {"training": source.train, "test": source.val}
-    for (part, files), expected in zip(parts.items(), source.expected):
-        if len(files) != expected:
-            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: figures do not compare")
+    picture: file for a training sample (labels as the losses see them) and a test sample. Only this picture can show
+    that the masks of own data follow another order than classes.txt."""
+    remarks, samples = [], []
     if named := [name for name in source.classes if name.lower() in NO_THING]:
         remarks.append(f"warning: {named[0]!r} is a class, but no thing that CLIP could know: the field makes it 255")
-
-    samples = {}
-    for part, files in parts.items():
-        chosen = range(0, len(files), -(-len(files) // CHECKED))
-        masks = [value_counts(files[i][2]) for i in chosen]
+    if both := {file[1] for file in source.train} & {file[1] for file in source.val}:
+        remarks.append(f"warning: {len(both)} test images are training images too, such as {min(both).name}")
+    check_table(source)
+    for part, files in (("training", source.train), ("test", source.val)):
+        if source.expected and len(files) != (expected := source.expected[part == "test"]):
+            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: figures do not compare")
+        looked = files[::-(-len(files) // CHECKED)]
+        masks = [value_counts(file[2]) for file in looked]
         check_values(source, part, masks)
-        if part == "training":
-            kind, wanted = "seen", source.seen
-            samples[part] = check_view(source, chosen, masks)
-        else:
-            kind, wanted = "unseen", sorted(source.unseen)
-            view = ValSet(source)
-            for i in chosen:  # all are read, the last one is shown
-                *samples[part], _ = view[i]
-        found = {k for value, k in source.values.items() if sum(masks)[value]}
-        if absent := [source.classes[k] for k in wanted if k not in found]:
+        samples.append(sample(source, looked, part == "training"))
+        wanted = source.seen if part == "training" else sorted(source.unseen)
+        pixels = sum(masks)
+        absent = [source.classes[k] for value, k in source.values.items() if k in wanted and not pixels[value]]
+        if part == "training" and len(absent) == len(wanted) and not has_seen(source):
+            raise DataError(f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or "
+                            "is every class that they show named as unseen?")
+        if absent:
             names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
-            remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(masks)} "
-                           f"{part} masks looked at (of {len(files)}): {names}")
+            remarks.append(f"warning: {len(absent)} of {len(wanted)} {'seen' if part == 'training' else 'unseen'} "
+                           f"classes are in none of the {len(masks)} {part} masks looked at (of {len(files)}): {names}")
     if picture:
-        shown = {k for _, labels in samples.values() for k in labels.unique().tolist()}
-        rows = [[image, pictures.coloured(labels)] for image, labels in samples.values()]
-        pictures.sheet(rows, ("image", "labels (white: no class)"), shown, source).save(picture)
+        shown = {k for _, labels in samples for k in labels.unique().tolist()}
+        names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
+        rows = [[image, pictures.coloured(labels)] for image, labels in samples]
+        pictures.sheet(rows, ("image", "labels (white: no class)"), names).save(picture, "PNG")
     return remarks
+
+
+def check_table(source):
+    """The proof that no mask, looked at or not, can show an unseen class to the losses: the table has 256 entries."""
+    table = source.table(training=True).tolist()
+    for value, label in enumerate(table):
+        k = source.values.get(value)
+        hidden = k is None or k in source.unseen
+        if label not in (IGNORE, INVALID) if hidden else label >= len(source.seen) or source.seen[label] != k:
+            raise DataError(f"the mask value {value} of {source.name} would be trained as "
+                            f"{source.classes[source.seen[label]]!r}: a fault of the program, please report it")
 
 
 def check_values(source, part, masks):
@@ -74,34 +82,33 @@ def check_values(source, part, masks):
         raise DataError(f"{these} hold {K}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}")
 
 
-def check_view(source, chosen, masks):
-    """Reads the chosen training images: does the view show what it must hide? -> the sample of most classes, its labels
-    as indexes into all classes."""
-    view, most = TrainSet(source, source.recipe), (False, -1)
-    names = torch.full((256,), IGNORE)
-    names[:len(source.seen)] = torch.tensor(source.seen)
-    for i, pixels in zip(chosen, masks):
-        image, labels = view[i, i]
-        labels = names[labels.long()]
-        held = {source.classes[k] for value, k in source.values.items() if pixels[value] and k not in source.unseen}
-        given = {source.classes[k] for k in labels.unique().tolist() if k != IGNORE}
-        if given - held:
-            raise DataError(f"{source.train[i][2]}: the training view shows {min(given - held)!r}, which is unseen or "
-                            "not in this mask: a fault of the program, please report it")
-        worth = bool((labels == IGNORE).any()), len(given)  # the sample shows that something is hidden, if anything is
+def sample(source, files, training):
+    """Reads all these images -> the one with most classes, and its labels as indexes into all classes.
+
+    Of training images one that hides something is taken, if there is any."""
+    names, table = torch.arange(256), source.table(training)
+    if training:
+        names[:len(source.seen)] = torch.tensor(source.seen)
+    most = (False, -1)
+    for file in files:
+        _, image, labels = read_pair(file, table, len(source.classes))
+        worth = training and bool((labels == IGNORE).any()), len(labels.unique())
         if worth > most:
-            most, sample = worth, (image, labels)
-    return sample
+            most, best = worth, (image, names[labels.long()])
+    return best
 
 
-# ---------------------------------------------------------------- command
+def has_seen(source):
+    seen = [value for value, k in source.values.items() if k not in source.unseen]
+    return any(value_counts(file[2])[seen].any() for file in source.train)
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main(args):
     if args.download:
-        if args.dataset != "voc":
-            raise DataError(f"--download is for --dataset voc; --dataset {args.dataset} shows the tree to unpack")
-        download_voc(Path(args.data_root or "data/voc"))
+        download_dataset(args.dataset, args.data_root)
     source = open_dataset(args.dataset, args.data_root)
     print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
           f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
@@ -113,10 +120,9 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", required=True, metavar="NAME",
-          help=f"{', '.join(NAMES)}, or a folder in the README's layout")
+    group("--dataset", required=True, metavar="NAME", help=f"{', '.join(NAMES)}, or a folder (docs/data.md)")
     group("--data-root", metavar="FOLDER", help="where it lies (default: data/NAME, or the folder itself)")
-    group("--download", action="store_true", help="voc: fetch VOC 2012 (2 GB) into the root first")
+    group("--download", action="store_true", help="voc, coco-stuff: first fetch what is missing")
     group("--picture", default="data_check.png", metavar="FILE", help="gets a training and a test sample with their "
           "labels (default: %(default)s)")
     return parser.parse_args(argv)

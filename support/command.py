@@ -1,4 +1,4 @@
-"""How a command ends before its time: errors in one line, signals that save first, numbers that are not finite.
+"""How a command ends early: errors in one line, signals that save first, losses that are not finite.
 
 With several processes all of them end at the same step, and only the one with the cause speaks.
 """
@@ -8,36 +8,32 @@ import re
 import signal
 import sys
 import time
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-import bodies
-import clip
-import sources
-from losses import world_size
+from support import UserError
+from support.processes import from_first, world_size
 
-ERRORS = (clip.CLIPError, sources.DataError, bodies.ModelError)
-TIMEOUT = timedelta(hours=1)  # of processes that wait for another: --strict reads every mask
+EVERY = 10  # steps between two looks at the other processes' signals
 SIGNALS = []  # those that Signals took note of
 
 
 def run_command(main, parse):
     """Runs main(parse()); what the user can mend ends in one line instead of a traceback.
 
-    torchrun ends the other processes as soon as one has ended, so that each but the first waits for that before it
-    speaks; those that only lost a connection wait longest, or not at all where its signal came before the loss."""
+    torchrun ends all processes as soon as one has ended. So the others wait a little before they speak, those that
+    only lost a connection longest, or they say nothing if a signal came before."""
     args, patience = parse(), 5 if int(os.environ.get("RANK", 0)) else 0  # seconds
     try:
         result = main(args)
-        if world_size() > 1:  # none leaves while another still talks to it
+        if world_size() > 1:  # nobody leaves while another still talks to it
             dist.barrier()
             dist.destroy_process_group()
         return result
     except KeyboardInterrupt:
         message = "interrupted"
-    except (*ERRORS, OSError) as error:  # OSError: a full disk, a folder that may not be written
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         message = str(error).strip()
         if "Traceback" in message:  # from a loader process: the message itself is the last line
             message = message.split("\n")[-1].split("Error: ", 1)[-1]
@@ -57,9 +53,9 @@ def run_command(main, parse):
 
 
 class Signals:
-    """Until `restore`, Ctrl-C and SIGTERM are only taken note of; `heard` tells all ranks alike.
+    """Until `restore`, Ctrl-C and SIGTERM only raise a flag, which `heard` shows to all processes at the same step.
 
-    Launchers repeat signals; only a second Ctrl-C that somebody typed ends the run at once."""
+    Launchers repeat signals, so only a second Ctrl-C in a run of one process ends it at once."""
 
     KINDS = (signal.SIGINT, signal.SIGTERM)
 
@@ -70,54 +66,73 @@ class Signals:
                 signal.signal(number, signal.default_int_handler)
 
         SIGNALS.clear()
-        apart = world_size() > 1 and device.type == "cuda"
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if apart else None
+        self.device = device
         self.former = {number: signal.signal(number, note) for number in self.KINDS}
+
+    def heard(self, step):
+        """Did any process get a signal? Several processes ask each other at every tenth step."""
+        if world_size() == 1:
+            return bool(SIGNALS)
+        if step % EVERY:
+            return False
+        count = torch.tensor(len(SIGNALS), device=self.device)
+        dist.all_reduce(count)
+        return bool(count)
 
     def restore(self):
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
-    def heard(self):
-        count = torch.tensor(len(SIGNALS))
-        if world_size() > 1:  # through gloo, so that no GPU is waited for
-            dist.all_reduce(count, group=self.group)
-        return bool(count)
-
     @classmethod
     def ignore(cls, _):
-        """For loader processes, which get the terminal's and the scheduler's signals too: they must outlive a step."""
+        """worker_init_fn of loaders, which get the terminal's and the scheduler's signals too: they must outlive a
+        step."""
         for number in cls.KINDS:
             signal.signal(number, signal.SIG_IGN)
 
 
-class Finite:
-    """A step whose losses or gradient are not finite changes no weight, nor does any later one, until `look` says so.
+class Watch:
+    """Ends the run at the first step whose losses or gradient are not finite; nothing of that step is kept.
 
-    So the host need not look, that is wait for the GPU, at every step."""
+    A CPU is asked at every step. A GPU is not waited for: fused AdamW's own switch, `found_inf`, makes the bad step
+    and all later ones change no weight, until `look` reads the numbers."""
 
-    def __init__(self, optimizer, device):
-        self.optimizer, self.numbers = optimizer, torch.zeros(6, device=device)
-        optimizer.found_inf = torch.zeros((), device=device)  # AdamW's own switch (fused): 1 skips its step
+    def __init__(self, optimizer, device, rescue):
+        """rescue(bad, now): step `bad` was not finite, which was seen at step `now` (the first process calls it).
+        It saves the state before `bad` and returns the names of that step's files."""
+        self.optimizer, self.rescue = optimizer, rescue
+        self.at_once, self.values = device.type != "cuda", None
 
     def admit(self, step, parts, norm):
-        """Before optimizer.step(). parts: loss, L_seg, L_sgd, L_sam of this rank; norm of the gradient."""
-        now = torch.stack([x.detach().float() for x in parts])
+        """Before optimizer.step(). parts {name: scalar of this process}, norm of the gradient."""
+        self.now, self.names = step, [*parts, "gradient"]
+        values = torch.stack([x.detach().float() for x in parts.values()])
         if world_size() > 1:
-            dist.all_reduce(now)
-        now = torch.cat([now / world_size(), norm.float()[None], torch.full((1,), step, device=now.device)])
-        self.numbers = torch.where(self.optimizer.found_inf > 0, self.numbers, now)
-        self.optimizer.found_inf = (~self.numbers.isfinite().all()).float()
+            dist.all_reduce(values)
+        values = torch.cat([values / world_size(), norm.float()[None], torch.full((1,), step, device=values.device)])
+        if self.at_once or self.values is None:
+            self.values = values
+        else:
+            self.values = torch.where(self.values.isfinite().all(), values, self.values)  # the first bad ones stay
+        if self.at_once:
+            self.look()
+        else:
+            self.optimizer.found_inf = (~self.values.isfinite().all()).float()
 
     def look(self):
-        """-> loss, L_seg, L_sgd, L_sam, means over ranks. Raises NotFinite of the first bad step."""
-        *parts, norm, step = self.numbers.tolist()
-        if not all(map(math.isfinite, (*parts, norm))):
-            raise NotFinite(int(step), *parts, norm)
-        return parts
+        """-> {name: value}, means over processes. Raises UserError if they are not finite."""
+        *values, step = self.values.tolist()
+        numbers = dict(zip(self.names, values))
+        if all(map(math.isfinite, values)):
+            return numbers
+        step, saved = int(step), from_first(lambda: self.save(int(step)))
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        raise UserError(f"step {step} is not finite: {parts}; {saved}")
 
-
-class NotFinite(Exception):
-    def __init__(self, step, loss, seg, sgd, sam, norm):
-        super().__init__(f"step {step} is not finite: loss {loss}, seg {seg}, sgd {sgd}, sam {sam}, norm {norm}")
-        self.step = step
+    def save(self, step):
+        try:
+            files = self.rescue(step, self.now)
+        except UserError as error:  # batch norm's statistics are not finite either, or the disk is full
+            return f"{error}; go on with --resume and a lower --lr"
+        return f"the state before it is saved: go on with --resume and a lower --lr, or look at its images: " \
+               f"{', '.join(files)}"

@@ -24,7 +24,8 @@ def start(name=None):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps, but PyTorch offers no MPS on this machine: leave --device away")
+        print("--device mps: PyTorch offers no MPS on this machine, so the CPU does the work", flush=True)
+        name = "cpu"
     device = torch.device(name)
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -32,6 +33,19 @@ def start(name=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=TIMEOUT)
     return device
+
+
+def fast_precision(device):
+    """bf16 where it is the faster one (CUDA since Ampere, CPUs with AMX), else fp32. All processes get one answer."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # without AMX a CPU's bf16 is slower than its fp32 here, AVX512-BF16 or not
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return from_first(lambda: "bf16" if fast else "fp32")
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def world_size():

@@ -1,0 +1,49 @@
+"""SmallBody: the body of the embedded default, trained from nothing.
+
+Symbols: B images, C body channels.
+"""
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def norm(channels):
+    """GroupNorm of 8 groups: no batch statistics, so one image a batch and any number of processes are the same."""
+    return nn.GroupNorm(8, channels)
+
+
+def conv(channels, out, size, stride=1):
+    return nn.Sequential(nn.Conv2d(channels, out, size, stride, size // 2, bias=False), norm(out), nn.GELU())
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(*conv(channels, channels, 3),
+                                    nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels))
+
+    def forward(self, x):
+        return F.gelu(x + self.layers(x))
+
+
+class SmallBody(nn.Module):
+    """Body of the embedded default: strides 4, 8 and 16, fused at stride 4. 1.5 M parameters, no pretraining (OURS)."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        down = partial(conv, size=3, stride=2)
+        self.out_channels = 2 * width
+        self.fine = nn.Sequential(down(3, width // 2), down(width // 2, width), Residual(width))  # stride 4
+        self.middle = nn.Sequential(down(width, 2 * width), Residual(2 * width), Residual(2 * width))  # stride 8
+        self.coarse = nn.Sequential(down(2 * width, 2 * width), Residual(2 * width), Residual(2 * width))  # stride 16
+        self.fuse = conv(5 * width, 2 * width, 1)
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, 128, ⌈H/4⌉, ⌈W/4⌉)"""
+        fine = self.fine(x)
+        middle = self.middle(fine)
+        stages = [fine] + [F.interpolate(s, fine.shape[-2:], mode="bilinear", align_corners=False)
+                           for s in (middle, self.coarse(middle))]
+        return self.fuse(torch.cat(stages, dim=1))

@@ -1,0 +1,32 @@
+"""Own data: a folder of images and masks.
+
+    root/images/NAME.jpg|png    root/masks/NAME.png (index into classes.txt, 255 = no class)
+    root/train.txt  root/val.txt (a NAME a line)    root/classes.txt  root/unseen.txt (class names a line)
+"""
+from sources.dataset import PROTOCOL, DataSource, Recipe
+from sources.files import IMAGES, INVALID, MASKS, DataError, list_files, pair_up, read_lines
+
+FOLDER = Recipe(steps=20000)  # OURS: as VOC
+TEMPLATES = tuple(PROTOCOL["coco-stuff"]["templates"])
+
+
+def open_folder(root, name=None, templates=TEMPLATES, recipe=FOLDER):
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: expected a folder that holds images/, masks/, train.txt, val.txt and "
+                        "classes.txt (docs/data.md; python -m toy.world --root FOLDER draws one)")
+    classes = read_lines(root / "classes.txt")
+    if not classes or len(classes) > INVALID:
+        raise DataError(f"{root}/classes.txt has {len(classes)} lines, expected one for each class, {INVALID} at most "
+                        "(masks have 8 bits)")
+    if twice := [c for i, c in enumerate(classes) if c in classes[:i]]:
+        raise DataError(f"{root}/classes.txt names {twice[0][:60]!r} twice: give the second another name, or merge "
+                        "the two in the masks")
+    unseen = read_lines(root / "unseen.txt") if (root / "unseen.txt").exists() else []
+    if unknown := [c for c in unseen if c not in classes]:
+        raise DataError(f"{root}/unseen.txt names {unknown[0][:60]!r}, which is not a line of classes.txt: copy the "
+                        "whole line from there, synonyms included")
+    images, masks = list_files(root / "images", IMAGES), list_files(root / "masks", MASKS)
+    splits = [pair_up(read_lines(root / f"{split}.txt"), images, masks, root / f"{split}.txt")
+              for split in ("train", "val")]
+    return DataSource(name or str(root), classes, {classes.index(c) for c in unseen},
+                      {k: k for k in range(len(classes))}, *splits, templates, recipe)

@@ -1,0 +1,74 @@
+"""Reads the masks of SBD, MATLAB files of level 5: a struct GTcls whose field Segmentation is uint8 (H, W).
+
+Sizes in a file are checked against its length before anything is made of them. Format: "MAT-File Format", MathWorks.
+"""
+import math
+import struct
+import zlib
+
+import numpy as np
+
+from sources.files import DataError
+
+LIMIT = 1 << 24  # bytes of an unpacked variable; a VOC mask has about 200,000
+UINT8, MATRIX, COMPRESSED = 2, 14, 15  # types of elements
+STRUCT, UINT8_ARRAY = 2, 9  # classes of arrays
+
+
+def read_segmentation(data, name):
+    """Bytes of a .mat file -> GTcls.Segmentation, uint8 array (H, W). Raises DataError."""
+    try:
+        order = {b"IM": "<", b"MI": ">"}[data[126:128]]
+        for kind, body in elements(data, order, 128):
+            if kind == COMPRESSED:
+                unpacker = zlib.decompressobj()
+                unpacked = unpacker.decompress(body, LIMIT)
+                if not unpacker.eof:
+                    raise ValueError("a variable is cut short or too large")
+                (kind, body), = elements(unpacked, order)
+            if kind == MATRIX:
+                array_class, _, variable, rest = array(body, order)
+                if variable == b"GTcls" and array_class == STRUCT:
+                    return segmentation(rest, order)
+        raise ValueError("no struct GTcls")
+    except (ValueError, KeyError, struct.error, zlib.error) as error:
+        raise DataError(f"cannot read the mask {name} ({error}): expected SBD's MATLAB file") from None
+
+
+def elements(data, order, at=0):
+    """Yields (type, body) of one element after the other."""
+    while at < len(data):
+        kind, size = struct.unpack_from(order + "II", data, at)
+        start = at + 8
+        if kind >> 16:  # the small form: size, type and at most 4 bytes of body in 8 bytes
+            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
+        if start + size > len(data) or start == at + 4 and size > 4:
+            raise ValueError("an element is longer than the file")
+        yield kind, data[start:start + size]
+        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != COMPRESSED else 0)
+
+
+def array(body, order):
+    """Body of a MATRIX -> its class, dimensions, name and the elements that follow."""
+    rest = elements(body, order)
+    flags, dimensions, name = (next(rest, (0, b""))[1] for _ in range(3))
+    shape = struct.unpack(f"{order}{len(dimensions) // 4}i", dimensions)
+    return struct.unpack_from(order + "I", flags)[0] & 0xFF, shape, name, rest
+
+
+def segmentation(rest, order):
+    """Elements of the struct: length of a field's name, all names, then the fields' arrays."""
+    (_, width), (_, names) = next(rest), next(rest)
+    width, = struct.unpack(order + "i", width)
+    if width < 1:
+        raise ValueError("a struct without names")
+    fields = [names[i:i + width].split(b"\0")[0] for i in range(0, len(names), width)]
+    for field, (_, body) in zip(fields, rest):
+        if field == b"Segmentation":
+            array_class, shape, _, parts = array(body, order)
+            kind, values = next(parts, (0, b""))
+            if array_class != UINT8_ARRAY or kind != UINT8 or len(shape) != 2 or min(shape) < 1 \
+                    or math.prod(shape) != len(values):
+                raise ValueError(f"Segmentation is no uint8 array of the size {shape}")
+            return np.frombuffer(values, np.uint8).reshape(shape, order="F").copy()
+    raise ValueError("no field Segmentation")

@@ -1,0 +1,17 @@
+"""The embedded default: the drawn world of toy/world.py, in the layout of own data."""
+import contextlib
+
+from sources.dataset import Recipe
+from sources.folder import open_folder
+from toy import world
+
+TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
+             body="small", clip="toy/clip.pt", short_side=world.SIZE, window=world.SIZE, stride=48)
+
+
+def open_toy(root):
+    if root == world.ROOT and not root.exists():
+        print(f"drawing the toy world into {root} …", flush=True)
+        with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
+            world.write(root)
+    return open_folder(root, "toy", world.TEMPLATES, TOY)
