@@ -48,8 +48,8 @@ def load(name_or_path):
         raise CLIPError(str(error)) from None
     except Exception as error:  # a damaged or foreign file may raise anything
         raise CLIPError(f"{path}: {why(error, path)}") from None
-    known = {sha256 for sha256, _ in MODELS.values()}
-    if not config and path.resolve() != (HERE / "toy" / "clip.pt").resolve() and file_sha256(path) not in known:
+    known = str(name_or_path) in MODELS or config or path.resolve() == (HERE / "toy" / "clip.pt").resolve()
+    if not known and file_sha256(path) not in [sha256 for sha256, _ in MODELS.values()]:
         model.remark = (f"{path} is none of OpenAI's files and has no config: taken to have QuickGELU and heads of "
                         f"{HEAD_WIDTH} as theirs. One trained with plain GELU (most of LAION's) is read wrongly: give "
                         "the folder with its config")
@@ -99,7 +99,7 @@ def build(state, config):
         transformer_hidden=len(state["transformer.resblocks.0.mlp.c_fc.weight"]))
     for key in shapes.keys() & config.keys():
         if shapes[key] != config[key]:
-            raise CLIPError(f"beside another model's config: it says {key} = {config[key]}, the tensors {shapes[key]}")
+            raise CLIPError(f"its config is another model's: {key} is {config[key]} there, {shapes[key]} in the file")
     with torch.device("meta"):  # no memory is taken before names and shapes are known to fit
         model = CLIP(**shapes | config)
     if wrong := misfit(state, model.state_dict()):

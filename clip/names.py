@@ -122,7 +122,7 @@ def open_clip(config):
     """model_cfg of an open_clip_config.json; what it leaves out has open_clip's defaults."""
     text, vision = section(config, "text_cfg"), section(config, "vision_cfg")
     for key, value in [*config.items(), *text.items(), *vision.items()]:
-        expect(key in SETTINGS or value in USUAL, key, value, "that it is left out")
+        expect(key in SETTINGS or value in USUAL, key, value, "it unset: no such part is built here")
     expect(type(vision.get("layers")) is not list, "the image tower", "a ResNet", "a ViT")
     return {"activation": "quick_gelu" if config.get("quick_gelu") is True else "gelu",
             "vision_width": vision.get("width", 768), "vision_layers": vision.get("layers", 12),
