@@ -48,7 +48,7 @@ def run_command(main, parse):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # first, so that no signal falls between this line and the next
     if lost and SIGNALS:
         sys.exit(1)
-    time.sleep(15 if lost else 5 if int(os.environ.get("RANK", 0)) else 0)
+    time.sleep(30 if lost else 15 if int(os.environ.get("RANK", 0)) else 0)
     sys.exit(f"error: {message}")
 
 

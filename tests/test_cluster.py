@@ -60,7 +60,7 @@ def start(script, *args, ranks=1, launcher=(), **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **more)
 
 
-def finish(process, ok=True, seconds=200):
+def finish(process, ok=True, seconds=600):
     try:
         out, err = process.communicate(timeout=seconds)
     finally:

@@ -418,7 +418,7 @@ def test_processes_ask_each_other_every_ten_steps_and_at_the_same_ones(monkeypat
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    signals = command.Signals(torch.device("cpu"))
+    before, signals = signal.getsignal(signal.SIGINT), command.Signals(torch.device("cpu"))
     try:
         assert not signals.heard(1)
         os.kill(os.getpid(), signal.SIGINT)
@@ -427,6 +427,7 @@ def test_a_second_ctrl_c_ends_at_once():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signals.restore()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.parametrize("error, words", [
