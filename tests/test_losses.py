@@ -171,7 +171,8 @@ def test_no_loss_looks_at_the_numbers(monkeypatch):
 def test_half_precision_is_taken_to_fp32():
     given, k = world(B=3), torch.tensor([3, 4, 5])
     half = [x.bfloat16() if x.is_floating_point() else x for x in given]
-    want, got = every(*(x.float() if x.is_floating_point() else x for x in half), k), every(*half[:5], half[5].float(), k)
+    want = every(*(x.float() if x.is_floating_point() else x for x in half), k)
+    got = every(*half[:5], half[5].float(), k)
     for name, value in got.items():
         assert value.dtype == torch.float32 and value.item() == want[name].item()
 
