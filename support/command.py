@@ -2,7 +2,9 @@
 
 With several processes all of them end at the same step, and only the one with the cause speaks.
 """
+import atexit
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -66,6 +68,7 @@ class Signals:
                 signal.signal(number, signal.default_int_handler)
 
         SIGNALS.clear()
+        atexit.register(self.end_loaders)
         self.device = device
         self.former = {number: signal.signal(number, note) for number in self.KINDS}
 
@@ -82,6 +85,13 @@ class Signals:
     def restore(self):
         for number, handler in self.former.items():
             signal.signal(number, handler)
+
+    @staticmethod
+    def end_loaders():
+        """At exit Python sends the loader processes SIGTERM, which they ignore, and would wait for them for ever."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the kill as an error
+        for process in multiprocessing.active_children():
+            process.kill()
 
     @classmethod
     def ignore(cls, _):

