@@ -144,15 +144,11 @@ def finished(now=None):
 
     Raises UserError if they are of several methods or precisions."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    states = {}
-    for line in lines:
-        states.setdefault((line["method"], line["precision"]), []).append(line["commit"])
-    if len(states.keys() | {now} - {None}) > 1 and lines:
-        found = [f"{len(at)} runs of method {method} in {precision} (commit {at[0]})"
-                 for (method, precision), at in states.items()]
-        found += [f"this run is of method {now[0]} in {now[1]}"] * bool(now)
-        raise UserError(f"{RESULTS}: {'; '.join(found)}. Their figures do not compare: expected one method and "
-                        "precision, so take the lines of the others out, or move the file away")
+    states = {(line["method"], line["precision"]): line["commit"] for line in lines} | ({now: "now"} if now else {})
+    if lines and len(states) > 1:
+        listed = "; ".join(f"{method} in {precision} ({at})" for (method, precision), at in states.items())
+        raise UserError(f"{RESULTS} has runs of more than one method or precision: {listed}. Their figures do not "
+                        "compare: take the lines of all but one out, or move the file away")
     return lines
 
 
