@@ -181,7 +181,7 @@ def main(args):
     precision = args.precision or processes.fast_precision(device)
     result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
     result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(filter(None, (
-        config["departures"], f"test short side {args.short_side}" * bool(args.short_side))))}
+        config.get("departures"), f"test short side {args.short_side}" * bool(args.short_side))))}
     if processes.rank() == 0:
         if source.classes != config["classes"]:
             print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",

@@ -156,6 +156,8 @@ def open_source(args, device):
                         f"use {max(args.batch_size // ranks, 1) * ranks}")
     args.departures = source.departures(steps=args.steps, batch_size=args.batch_size, lr=args.lr, crop=args.crop)
     if args.strict:
+        if source.expected:  # a benchmark
+            args.departures = ", ".join(filter(None, (args.departures, "images with unseen classes left out")))
         kept = processes.from_first(lambda: sources.without_unseen(source))
         remarks.append(f"strict: {len(source.train) - len(kept)} of {len(source.train)} training images are left out, "
                        "as they hold unseen classes")
