@@ -56,7 +56,6 @@ def main(args):
     source, remarks = open_source(args, device)
     recipe = source.recipe
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         remarks += check(source, out / "data.png")
 
     # ---- the frozen teacher (all of CLIP), the student (body and head), the optimiser
