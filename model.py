@@ -56,8 +56,10 @@ class ChimeraSeg(nn.Module):
         return self.head(self.body((images - self.mean) / self.std))
 
     def logits(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ. Call it outside autocast."""
-        return pixel_text_logits(self(images), self.t, self.tau)
+        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ. In fp32, also under autocast."""
+        z = self(images)
+        with torch.autocast(z.device.type, enabled=False):
+            return pixel_text_logits(z, self.t, self.tau)
 
     @torch.inference_mode()
     def label(self, image, short_side, window, stride, lowered=None, threshold=-1.0, precision="fp32"):
@@ -81,8 +83,8 @@ class ChimeraSeg(nn.Module):
         for top in starts(h, window, stride):
             row = [(..., slice(top, top + window), slice(left, left + window)) for left in starts(w, window, stride)]
             with autocast(image.device, precision):
-                z = self(torch.cat([image[at] for at in row]))  # (windows, D, h', w'), fp32
-            for at, logits in zip(row, pixel_text_logits(z, self.t, self.tau)):
+                windows = self.logits(torch.cat([image[at] for at in row]))  # (number of windows, K, h', w')
+            for at, logits in zip(row, windows):
                 total[at] += F.interpolate(logits[None], count[at].shape, mode="bilinear", align_corners=False)
                 count[at] += 1
         total /= count  # (1, K, h, w)
