@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from clip import CLIPError, VisionTransformer
 
-# OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to its input; tokens
-# of unit scale are drowned in those outputs.
+# OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to its input, and
+# would drown tokens of unit scale in them.
 TOKEN_GAIN = 6.0
 RANDOM_HEAD_SEED = 0  # the weights of the random control are not saved, but drawn again from this seed
 

@@ -178,10 +178,10 @@ def main(args):
     if args.short_side:
         source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
-    precision = args.precision or processes.fast_precision(device)
+    precision = args.precision or config.get("precision", "fp32")
     result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
     result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(filter(None, (
-        config["departures"], f"test short side {args.short_side}" * bool(args.short_side))))}
+        config.get("departures"), f"test short side {args.short_side}" * bool(args.short_side))))}
     if processes.rank() == 0:
         if source.classes != config["classes"]:
             print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",
@@ -204,7 +204,7 @@ def parse(argv=None):
     group("--gamma", type=float, help="adds a column with γ taken off the seen classes' logits (default: γ = 0 alone)")
     group("--unseen-only", action="store_true", help="also score the unseen classes' pixels among these classes alone")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
+    group("--precision", choices=("bf16", "fp32"), help="(default: as in training)")
     group = parser.add_argument_group("what is written").add_argument
     group("--save-predictions", type=Path, metavar="FOLDER", help="NAME.png of each test image: class indexes in a "
           "palette, γ = 0 (default: none)")

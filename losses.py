@@ -6,7 +6,7 @@ Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unse
 
 Half-precision input is taken to fp32: call the losses outside autocast, which would undo that.
 With several processes every loss is scaled so that DDP's mean of the gradients is the gradient of the loss over the
-whole batch: the result does not depend on their number. No loss reads a value of a tensor, so a GPU is never waited for.
+whole batch: the result does not depend on their number. No loss reads a value of a tensor: no GPU is waited for.
 """
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ def pixel_text_logits(z, t, tau):
 
 
 def cross_entropy_loss(z, t, labels, tau):
-    """L_seg: softmax cross-entropy of the upsampled logits, mean over labelled pixels. labels (B, H, W) -> scalar. FIELD
+    """L_seg: softmax cross-entropy of the upsampled logits, mean over labelled pixels. labels (B, H, W). FIELD
 
     Taken in bands of rows, each made again in the backward pass: (B, K, H, W) logits never exist at a time."""
     logits = pixel_text_logits(fp32(z), fp32(t), tau)

@@ -31,8 +31,8 @@ def text_embeddings(clip_model, names, templates):
         words = [" ".join(word.replace("_", " ").split()) for word in name.split(",")]
         tokens = clip.tokenize([template.replace("{}", word) for word in words for template in templates],
                                clip_model.context_length)  # (P, 77)
-        each = F.normalize(clip_model.encode_text(tokens.to(clip_model.text_projection.device)).float(), dim=-1)  # (P, D)
-        t.append(F.normalize(each.mean(0), dim=-1))
+        each = clip_model.encode_text(tokens.to(clip_model.text_projection.device)).float()  # (P, D)
+        t.append(F.normalize(F.normalize(each, dim=-1).mean(0), dim=-1))
     return torch.stack(t)
 
 
@@ -61,7 +61,7 @@ class ChimeraSeg(nn.Module):
 
     @torch.inference_mode()
     def label(self, image, short_side, window, stride, lowered=None, threshold=-1.0):
-        """Labels a whole picture: sliding windows, logits averaged where they overlap, argmax at the picture's own size.
+        """Labels a whole picture: sliding windows, logits averaged where they overlap, argmax at its own size.
 
         image       uint8 (3, H, W); resized to `short_side` for the test. window, stride: pixels of that size
         lowered     (G, K), what is taken off the logits of each class: one label map for each of the G rows; default 0
@@ -137,7 +137,8 @@ def load_run(checkpoint, device, clip_file=None):
     config = saved["config"]
     clip_model = clip.load(clip_file or config["clip"]).to(device)
     if clip.fingerprint(clip_model) != config["clip_hash"]:
-        raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: give --clip")
+        raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
+                         "give --clip")
     model = build(clip_model, **{**{key: config[key] for key in SETTINGS}, "body_weights": "none"})
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])

@@ -56,7 +56,6 @@ def main(args):
     source, remarks = open_source(args, device)
     recipe = source.recipe
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         remarks += check(source, out / "data.png")
 
     # ---- the frozen teacher (all of CLIP), the student (body and head), the optimiser
@@ -156,6 +155,8 @@ def open_source(args, device):
                         f"use {max(args.batch_size // ranks, 1) * ranks}")
     args.departures = source.departures(steps=args.steps, batch_size=args.batch_size, lr=args.lr, crop=args.crop)
     if args.strict:
+        if source.expected:  # a benchmark
+            args.departures = ", ".join(filter(None, (args.departures, "images with unseen classes left out")))
         kept = processes.from_first(lambda: sources.without_unseen(source))
         remarks.append(f"strict: {len(source.train) - len(kept)} of {len(source.train)} training images are left out, "
                        "as they hold unseen classes")

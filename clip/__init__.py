@@ -10,11 +10,11 @@ names: others' parameter names and config files.
 """
 from pathlib import Path
 
-CACHE = Path.home() / ".cache" / "clip"  # where downloads go, the folder of OpenAI's own package; may be set to another
-
-from clip.loading import MODELS, file_sha256, fingerprint, load  # noqa: E402
-from clip.model import CLIP, CLIPError, VisionTransformer, resize_positions  # noqa: E402
-from clip.tokenizer import tokenize  # noqa: E402
+from clip.loading import MODELS, file_sha256, fingerprint, load
+from clip.model import CLIP, CLIPError, VisionTransformer, resize_positions
+from clip.tokenizer import tokenize
 
 __all__ = ["CACHE", "CLIP", "CLIPError", "MODELS", "VisionTransformer", "file_sha256", "fingerprint", "load",
            "resize_positions", "tokenize"]
+
+CACHE = Path.home() / ".cache" / "clip"  # where downloads go, the folder of OpenAI's own package; may be set to another

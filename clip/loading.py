@@ -1,6 +1,5 @@
 """clip.load: a name, a file or a folder -> CLIP. Sizes are read off the tensors' shapes, the rest off a config file."""
 import hashlib
-import http.client
 import socket
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def load(name_or_path):
 
     A file holds one CLIP, in any format of formats.py and any names of names.py. In a folder it has one of the names in
     WEIGHTS, and a file of such a name is read with the config beside it. Without a config, what no shape tells
-    (activation, heads) is taken to be OpenAI's, and the model's `remark` says so. Raises CLIPError."""
+    (activation, heads, mean and std of pictures) is as in OpenAI's files, and `remark` says so. Raises CLIPError."""
     if str(name_or_path) in MODELS:
         with first_on_machine():
             path = download(str(name_or_path))
@@ -49,10 +48,11 @@ def load(name_or_path):
         raise CLIPError(str(error)) from None
     except Exception as error:  # a damaged or foreign file may raise anything
         raise CLIPError(f"{path}: {why(error, path)}") from None
-    known = {sha256 for sha256, _ in MODELS.values()}
-    if not config and path.resolve() != (HERE / "toy" / "clip.pt").resolve() and file_sha256(path) not in known:
+    known = str(name_or_path) in MODELS or config or path.resolve() == (HERE / "toy" / "clip.pt").resolve()
+    if not known and file_sha256(path) not in [sha256 for sha256, _ in MODELS.values()]:
         model.remark = (f"{path} is none of OpenAI's files and has no config: taken to have QuickGELU and heads of "
-                        f"{HEAD_WIDTH} as theirs. One trained with plain GELU (most of LAION's) is read wrongly")
+                        f"{HEAD_WIDTH} as theirs. One trained with plain GELU (most of LAION's) is read wrongly: give "
+                        "the folder with its config")
     return model.eval().requires_grad_(False)
 
 
@@ -62,10 +62,10 @@ def find(path):
     if not path.exists() and (HERE / path).is_file():  # toy/clip.pt, wherever the command is run
         path = HERE / path
     if path.is_dir():
-        if any(path.glob("*.index.json")):
+        names = [name for name in WEIGHTS if (path / name).is_file()]
+        if not names and any(path.glob("*.index.json")):
             raise CLIPError(f"{path}: weights in several files: join them with transformers' "
                             'CLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="50GB")')
-        names = [name for name in WEIGHTS if (path / name).is_file()]
         if not names:
             raise CLIPError(f"{path}: a folder without {', '.join(WEIGHTS)}: give the file itself")
         path /= names[0]
@@ -99,7 +99,7 @@ def build(state, config):
         transformer_hidden=len(state["transformer.resblocks.0.mlp.c_fc.weight"]))
     for key in shapes.keys() & config.keys():
         if shapes[key] != config[key]:
-            raise CLIPError(f"beside another model's config: it says {key} = {config[key]}, the tensors {shapes[key]}")
+            raise CLIPError(f"its config is another model's: {key} is {config[key]} there, {shapes[key]} in the file")
     with torch.device("meta"):  # no memory is taken before names and shapes are known to fit
         model = CLIP(**shapes | config)
     if wrong := misfit(state, model.state_dict()):
@@ -127,7 +127,7 @@ def download(name):
             clip.CACHE.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
             break
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+        except Exception as error:  # no network, 404, a dead connection, other bytes, a full disk
             failures.append(f"{url} said: {error}")
             print(f"failed: {error}", flush=True)
         finally:
@@ -141,9 +141,10 @@ def download(name):
 
 
 def fingerprint(model):
-    """16 hex digits that tell one CLIP from another, in whatever file it lies: every parameter, activation, heads."""
-    content = hashlib.sha256(repr([model.visual.config["activation"], *(
-        tower.resblocks[0].attn.heads for tower in (model.visual.transformer, model.transformer))]).encode())
+    """16 hex digits that tell one CLIP from another, whatever its file: every parameter and what no shape tells."""
+    towers = model.visual.transformer, model.transformer
+    heads = [tower.resblocks[0].attn.heads for tower in towers]
+    content = hashlib.sha256(repr([*heads, *(model.visual.config[k] for k in ("activation", "mean", "std"))]).encode())
     for name, p in sorted(model.named_parameters()):
         content.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return content.hexdigest()[:16]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from support import UserError
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's statistics of pictures, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64  # in every tower of OpenAI's: heads = width / 64
 
@@ -98,10 +98,10 @@ class VisionTransformer(nn.Module):
     `config` is the constructor's arguments: VisionTransformer(**visual.config) is one of the same shape, untrained."""
 
     def __init__(self, input_size, patch_size, width, layers, output_dim, heads=None, hidden=None,
-                 activation="quick_gelu"):
+                 activation="quick_gelu", mean=IMAGE_MEAN, std=IMAGE_STD):
         super().__init__()
-        self.config = dict(input_size=input_size, patch_size=patch_size, width=width, layers=layers,
-                           output_dim=output_dim, heads=heads, hidden=hidden, activation=activation)
+        self.config = dict(input_size=input_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
+                           output_dim=output_dim, hidden=hidden, activation=activation, mean=mean, std=std)
         self.input_size, self.patch_size = input_size, patch_size
         self.width, self.output_dim = width, output_dim
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
@@ -113,8 +113,8 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width ** -0.5)
         # on the CPU even where the loader makes a tower without storage: no file holds these two
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN, device="cpu").view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
     def forward(self, images, first=None):
         """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches; or of
@@ -135,11 +135,12 @@ class CLIP(nn.Module):
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
                  context_length, vocab_size, transformer_width, transformer_layers, activation="quick_gelu",
-                 vision_heads=None, transformer_heads=None, vision_hidden=None, transformer_hidden=None):
+                 vision_heads=None, transformer_heads=None, vision_hidden=None, transformer_hidden=None,
+                 mean=IMAGE_MEAN, std=IMAGE_STD):
         super().__init__()
         self.context_length = context_length
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers, embed_dim,
-                                        vision_heads, vision_hidden, activation)
+                                        vision_heads, vision_hidden, activation, mean, std)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, transformer_hidden,
                                        activation)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)

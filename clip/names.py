@@ -3,7 +3,7 @@ import json
 
 import torch
 
-from clip.model import ACTIVATIONS, IMAGE_MEAN, IMAGE_STD, CLIPError
+from clip.model import ACTIVATIONS, CLIPError
 
 ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.class_embedding")  # OpenAI's and open_clip's; transformers'
 OTHERS = {"visual.layer1.": "a ResNet CLIP", "visual.trunk.": "a CLIP with a timm image tower",
@@ -54,15 +54,23 @@ def openai_names(tensors):
 
 
 def read_config(path):
-    """config.json or open_clip_config.json -> arguments of clip.CLIP: what no shape tells (activation, heads) and width
-    and layers of both towers, to be compared. Defaults are those of the file's library. Raises CLIPError."""
+    """config.json or open_clip_config.json -> arguments of clip.CLIP: what no shape tells (activation, heads, mean and
+    std of pictures) and, to be compared, width and layers of both towers. Raises CLIPError."""
     try:
-        expect(path.stat().st_size < 1_000_000, "larger than 1 MB")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = open_clip(section(config, "model_cfg"), config) if "model_cfg" in config else transformers(config)
+        config = read_json(path)
+        if "model_cfg" in config:
+            found, pictures = open_clip(section(config, "model_cfg")), config.get("preprocess_cfg") or {}
+        else:
+            beside = path.with_name("preprocessor_config.json")
+            found, pictures = transformers(config), read_json(beside) if beside.is_file() else {}
         for key, value in found.items():
-            expect(key == "activation" or type(value) is int and 0 < value < 2 ** 20,
-                   f"{key} is {str(value)[:40]}, expected a whole number")
+            expect(key == "activation" or type(value) is int and 0 < value < 2 ** 20, key, value, "a whole number")
+        for key in ("mean", "std"):
+            value = pictures.get(key) or pictures.get(f"image_{key}")
+            expect(value is None or type(value) is list and len(value) == 3 and all(
+                type(x) in (int, float) and 0 <= x < 1e3 for x in value), key, value, "three numbers")
+            found |= {key: tuple(value)} if value else {}
+        expect(all(found.get("std", (1,))), "std", 0, "numbers above 0")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CLIPError(f"{path}: no config of a CLIP that this code can build: {str(error)[:160]}") from None
     if head_width := found.pop("vision_head_width", None):
@@ -70,51 +78,53 @@ def read_config(path):
     return found
 
 
-def expect(right, what):
-    if not right:
-        raise ValueError(what)
+def read_json(path):
+    expect(path.stat().st_size < 1_000_000, path.name, "a file above 1 MB", "about 5 KB")
+    return section({path.name: json.loads(path.read_text(encoding="utf-8"))}, path.name)
 
 
 def section(config, key):
-    expect(isinstance(config, dict) and isinstance(config.get(key), dict), f"{key} is missing or no JSON object")
+    expect(isinstance(config.get(key), dict), key, config.get(key), "a JSON object")
     return config[key]
 
 
+def expect(right, what, found, expected):
+    if not right:
+        raise ValueError(f"{what[:40]} is {str(found)[:40]}, expected {expected}")
+
+
 def transformers(config):
-    """A CLIPModel's config.json"""
-    kind, found = config.get("model_type"), {}
-    expect(kind == "clip", f"model_type is {str(kind)[:40]}, expected clip")
+    """A CLIPModel's config.json; what it leaves out has transformers' defaults."""
+    expect(config.get("model_type") == "clip", "model_type", config.get("model_type"), "clip")
+    found = {}
     for tower, ours, width, heads in (("text", "transformer", 512, 8), ("vision", "vision", 768, 12)):
-        old = f"{tower}_config_dict"  # stands above the other where both are given
+        old = f"{tower}_config_dict"  # stands above the other if a file has both
         part = section(config, old if config.get(old) else f"{tower}_config")
         act, eps, eos = part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5), part.get("eos_token_id")
-        expect(act in list(ACTIVATIONS) and act == found.get("activation", act),
-               f"hidden_act is {str(act)[:40]}, expected quick_gelu or gelu, in both towers the same")
-        expect(eps == 1e-5, f"layer_norm_eps is {str(eps)[:40]}, expected 1e-05")
-        expect(eos in (None, 2, 49407), f"eos_token_id is {str(eos)[:40]}, expected 49407 (or 2, in old files)")
+        expect(act in list(ACTIVATIONS) and act == found.get("activation", act), "hidden_act", act,
+               "quick_gelu or gelu, in both towers the same")
+        expect(eps == 1e-5, "layer_norm_eps", eps, 1e-5)
+        expect(eos in (None, 2, 49407), "eos_token_id", eos, "49407 (or 2, in old files)")
         found |= {"activation": act, f"{ours}_width": part.get("hidden_size", width),
                   f"{ours}_layers": part.get("num_hidden_layers", 12),
                   f"{ours}_heads": part.get("num_attention_heads", heads)}
     return found
 
 
-READ = ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "width", "layers", "heads", "head_width")
-TOLD_BY_SHAPES = ("image_size", "patch_size", "context_length", "vocab_size", "mlp_ratio")
-NO_MATTER = ("patch_dropout", "output_tokens", "hf_tokenizer_name", "eos_id", "custom_text", "init_logit_scale",
-             "init_logit_bias")
-USUAL = (None, False, {}, "tok", "argmax", "learnable", "linear")  # of all other settings
+# Settings of open_clip that are read below, that shapes tell, or that change no feature; all others must be USUAL
+SETTINGS = ("quick_gelu", "vision_cfg", "text_cfg", "width", "layers", "heads", "head_width", "embed_dim", "image_size",
+            "patch_size", "context_length", "vocab_size", "mlp_ratio", "patch_dropout", "output_tokens", "custom_text",
+            "hf_tokenizer_name", "eos_id", "init_logit_scale", "init_logit_bias")
+USUAL = (None, False, {}, "tok", "argmax", "learnable", "linear")
 
 
-def open_clip(model, config):
-    """An open_clip_config.json"""
-    text, vision = section(model, "text_cfg"), section(model, "vision_cfg")
-    for key, value in [*model.items(), *text.items(), *vision.items()]:
-        expect(key in (*READ, *TOLD_BY_SHAPES, *NO_MATTER) or value in USUAL, f"{key[:40]} = {str(value)[:40]}")
-    expect(type(vision.get("layers")) is not list, "a ResNet CLIP: use one with a ViT")
-    pictures = config.get("preprocess_cfg") or {}
-    for key, usual in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
-        expect(pictures.get(key) in (None, list(usual)), f"{key} of its pictures is not CLIP's, {usual}")
-    return {"activation": "quick_gelu" if model.get("quick_gelu") is True else "gelu",
+def open_clip(config):
+    """model_cfg of an open_clip_config.json; what it leaves out has open_clip's defaults."""
+    text, vision = section(config, "text_cfg"), section(config, "vision_cfg")
+    for key, value in [*config.items(), *text.items(), *vision.items()]:
+        expect(key in SETTINGS or value in USUAL, key, value, "it unset: no such part is built here")
+    expect(type(vision.get("layers")) is not list, "the image tower", "a ResNet", "a ViT")
+    return {"activation": "quick_gelu" if config.get("quick_gelu") is True else "gelu",
             "vision_width": vision.get("width", 768), "vision_layers": vision.get("layers", 12),
             "vision_head_width": vision.get("head_width", 64), "transformer_width": text.get("width", 512),
             "transformer_layers": text.get("layers", 12), "transformer_heads": text.get("heads", 8)}

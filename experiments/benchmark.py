@@ -1,59 +1,47 @@
-"""Speed and cost at 512×512, in one run on one machine: bodies + CSH beside dense CLIP and ZegCLIP. Random weights.
+"""Speed, memory and cost of training and test beside dense CLIP and ZegCLIP, in one run. All weights are random.
 
-    python benchmark.py                                     # all parts on this machine, into results/benchmark.md
-    python benchmark.py --parts test --bodies resnet50 --repeats 3
-    python benchmark.py --device cuda --dtype bf16 --batch 16 --classes 171 --compile
+    python -m experiments.benchmark                                    # CPU or the GPU that is there; VOC's recipe
+    python -m experiments.benchmark --bodies segnext-b --classes 171 --batch-size 16 --device cuda
+    python -m experiments.benchmark --bodies small --clip toy/clip.pt --crop 64 --batch-size 32 --picture 64 64
 
-test    an image to its label map, 20 and 171 classes
-train   a step, part by part, beside the same body with a linear head and cross-entropy alone
-loop    train.py's own loop on the embedded default: what share of its time is not compute
-growth  the same over image side, number of classes and processes, with a plot
-Timings go round: every repeat measures each model once, so that noise hits all alike; medians (lowest to highest).
-GFLOPs count a multiply-add as 2 (torch.utils.flop_counter); the literature mostly counts it as 1.
+train   train.py's step on crops of a drawn 640×480 picture: images/s, share of each part, peak memory
+test    a picture's label map, as evaluate.py makes it: pictures/s, peak memory
+cost    GFLOPs of one crop (a multiply-add counted as 2; papers mostly count it as 1), parameters
+`step` is the loop of train.py, with its losses and defaults and a clock. Writes experiments/results/benchmark.json.
 """
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
 import math
-import os
 import platform
-import subprocess
-import sys
+import re
 import tempfile
 import time
-import warnings
-from functools import partial
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bodies
-from support import checkpoint
 import clip
-import clip_head
 import data
-from support import command as guard
-import inference
 import losses
 import model as models
-import sources
 import train
+from experiments.study import ROOT, commit
+from sources import DataSource, Recipe
+from support import checkpoint, processes
+from support.command import run_command
 
-SIDE, CLASSES = 512, (20, 171)  # VOC's and COCO-Stuff's numbers
-SIDES, MORE_CLASSES = (256, 512, 768, 1024), (20, 171, 1000)
 VIT_B16 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16,
                context_length=77, vocab_size=49408, transformer_width=512, transformer_layers=12)
-ZEGCLIP_GMACS = 110.4  # as published for 512×512, a multiply-add counted as 1 (fvcore)
-STEP = ("teacher", "body", "head", "losses", "backward", "optimiser")
+PARTS = ("data", "teacher", "body", "head", "losses", "backward", "optimiser")
 
 
 # ---------------------------------------------------------------- peers, rebuilt from their published graphs
@@ -62,27 +50,27 @@ STEP = ("teacher", "body", "head", "losses", "backward", "optimiser")
 class DenseCLIP(nn.Module):
     """What an adaptation of CLIP runs at test, at the least (MaskCLIP, arXiv 2112.01071): the whole image tower."""
 
-    def __init__(self, visual):
+    def __init__(self, clip_model):
         super().__init__()
-        self.visual = visual
+        self.visual, self.tau = clip_model.visual, 1 / clip_model.logit_scale.exp().item()
+        self.mean = clip_model.visual.mean  # ChimeraSeg.label looks there for the device
 
     def logits(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, K, H / 16, W / 16)"""
         h, w = (side // self.visual.patch_size for side in images.shape[2:])
-        z = F.normalize(self.visual(images)[:, 1:], dim=-1)  # (B, N, D)
-        return losses.pixel_text_logits(z.transpose(1, 2).unflatten(2, (h, w)), self.t)
+        z = F.normalize(self.visual(images)[:, 1:].float(), dim=-1)  # (B, N, D)
+        return losses.pixel_text_logits(z.transpose(1, 2).unflatten(2, (h, w)), self.t, self.tau)
 
 
-class ZegCLIP(nn.Module):
+class ZegCLIP(DenseCLIP):
     """Inference of ZegCLIP (Zhou et al., arXiv 2212.03588), from its repository's VOC configuration: 10 prompts in
     each of the tower's blocks, class queries from text and CLS, 3 decoder layers of width 512 without self-attention,
     whose last q·k maps are the masks. (Its COCO configuration has 100 prompts: slower than here.)"""
 
-    def __init__(self, visual, prompts=10, layers=3):
-        super().__init__()
-        W, D = visual.width, visual.output_dim
-        self.visual = visual
-        self.prompts = nn.Parameter(torch.randn(len(visual.transformer.resblocks), prompts, W))
+    def __init__(self, clip_model, prompts=10, layers=3):
+        super().__init__(clip_model)
+        W, D = self.visual.width, self.visual.output_dim
+        self.prompts = nn.Parameter(torch.randn(len(self.visual.transformer.resblocks), prompts, W))
         self.prompt_proj, self.prompt_norm, self.q_proj = nn.Linear(W, W), nn.LayerNorm(W), nn.Linear(2 * D, D)
         self.decoder = nn.ModuleList(nn.ModuleDict(dict(
             q=nn.Linear(D, D), k=nn.Linear(D, D), v=nn.Linear(D, D), out=nn.Linear(D, D), norm2=nn.LayerNorm(D),
@@ -110,11 +98,17 @@ class ZegCLIP(nn.Module):
         return attention.mean(1).unflatten(2, (h, w))
 
 
+PEERS = {"dense CLIP": DenseCLIP, "ZegCLIP": ZegCLIP}
+
+
 # ---------------------------------------------------------------- measuring
 
 
-def texts(K, device):
-    return F.normalize(torch.randn(K, VIT_B16["embed_dim"], device=device), dim=-1)
+def now(device):
+    """Wall time in seconds, once the device's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def attention_flops(q, k, v, *_, **__):
@@ -122,408 +116,186 @@ def attention_flops(q, k, v, *_, **__):
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
+@torch.no_grad()
 def gflops(call, images):
     """{module: GFLOPs} of one call, "Global" for all."""
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         call(images)
     return {name: sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()}
 
 
-def seconds(device, call):
-    """Wall time of one call, the device's queue empty before and after."""
-    clock = lambda: (device.type == "cuda" and torch.cuda.synchronize(), time.perf_counter())[1]  # noqa: E731
-    start = clock()
-    call()
-    return clock() - start
+class Memory:
+    """with Memory(device, *modules) as peak: …; then peak.mb: MB of the modules' parameters and of what came on top of
+    everything that was there before. None where the system does not say."""
+
+    def __init__(self, device, *modules):
+        self.cuda, self.linux, self.mb = device.type == "cuda", platform.system() == "Linux", None
+        self.held = sum(p.numel() * p.element_size() for module in modules for p in module.parameters()) / 1e6
+
+    def __enter__(self):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 1e6
+        elif self.linux:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            self.before = self.resident("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        if self.cuda or self.linux:
+            peak = torch.cuda.max_memory_allocated() / 1e6 if self.cuda else self.resident("VmHWM")
+            self.mb = round(self.held + peak - self.before)
+
+    def resident(self, key):
+        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1.024e-3
 
 
-def go_round(device, calls, repeats):
-    """{name: call} -> {name: [seconds]}, after one call each to warm up."""
-    for call in calls.values():
-        call()
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(seconds(device, call))
-    return times
+# ---------------------------------------------------------------- training
 
 
-def megabytes(tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+def drawn(folder, classes, crop):
+    """A data set of 64 times one drawn 640×480 picture, a JPEG and a PNG mask in `folder`, at VOC's recipe."""
+    rng = np.random.RandomState(0)
+    blobs = Image.fromarray(rng.randint(256, size=(15, 20, 3)).astype(np.uint8)).resize((640, 480), Image.BICUBIC)
+    mask = Image.fromarray(rng.randint(classes, size=(12, 16)).astype(np.uint8)).resize((640, 480), Image.NEAREST)
+    file = ("drawn", Path(folder, "image.jpg"), Path(folder, "mask.png"))
+    blobs.save(file[1])
+    mask.save(file[2])
+    return DataSource("drawn", [f"class {k}" for k in range(classes)], set(), {k: k for k in range(classes)},
+                      [file] * 64, [file], ("a photo of {}",), Recipe(1).at_crop(crop))
 
 
-def peak_memory(device, call, held):
-    """MB at a call's peak: `held`, MB of tensors that are there before it, and what it takes on top of them; None where
-    the system does not say."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return held + (torch.cuda.max_memory_allocated() - before) / 1e6
-    if platform.system() != "Linux":
-        return None
-    resident = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) / 1e3  # noqa: E731
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = resident("VmRSS:")
-    call()
-    return held + resident("VmHWM:") - before
+def step(model, teacher, optimizer, batch, bank, args, device, mark=lambda part: None):
+    """One step of train.py's loop, halfway through the run -> the bank after it. mark(part) is called after each part.
 
-
-def lower(amp, call):
-    def run(*inputs):
-        with amp():
-            return call(*inputs)
-    return run
-
-
-def spread(times, scale=1.0, unit=""):
-    return f"{scale * median(times):.3g}{unit} ({scale * min(times):.3g}–{scale * max(times):.3g})"
-
-
-def rate(times, images=1):
-    return spread([images / t for t in times])
-
-
-def markdown(header, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
-
-
-# ---------------------------------------------------------------- parts
-
-
-def counts(visual, device, names=bodies.BODIES):
-    """-> {body: parameters and GFLOPs}, {"peer classes": GFLOPs}; exact, one image each."""
-    image, ours, peers = torch.rand(1, 3, SIDE, SIDE, device=device), {}, {}
-    for name in names:
-        body = bodies.build_body(name, "none")
-        net = models.ChimeraSeg(body, clip_head.CSH(visual, body.out_channels), None, losses.TAU).to(device).eval()
-        flops = gflops(net, image)
-        encoder = flops.get("ChimeraSeg.body.backbone", flops["ChimeraSeg.body"])
-        ours[name] = {"trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
-                      "total": sum(p.numel() for p in net.parameters()), "encoder": encoder,
-                      "decoder": flops["ChimeraSeg.body"] - encoder, "head": flops["ChimeraSeg.head"]}
-    for peer in (DenseCLIP, ZegCLIP):
-        net = peer(visual).to(device).eval()
-        for K in CLASSES:
-            net.t = texts(K, device)
-            peers[f"{peer.__name__} {K}"] = gflops(net.logits, image)["Global"]
-    return ours, peers
-
-
-def test(args, clip_model, device, amp):
-    tower, peers = counts(clip_model.visual, device)
-    dense = peers["DenseCLIP 20"]
-    report = ["## Parameters and GFLOPs at 512², all bodies\n", markdown(
-        ("body", "parameters, trained / at test (M)", "GFLOPs: encoder + decoder + head", "of dense CLIP ViT-B/16's"),
-        [(name, f"{c['trained'] / 1e6:.1f} / {c['total'] / 1e6:.1f}",
-          f"{c['encoder']:.1f} + {c['decoder']:.1f} + {c['head']:.1f} = {(flops := work(c)):.1f}",
-          f"{100 * flops / dense:.0f} %") for name, c in tower.items()])]
-    report.append(f"ZegCLIP's graph as rebuilt here: {peers['ZegCLIP 20'] / 2:.1f} GFLOPs with a multiply-add counted "
-                  f"as 1, published {ZEGCLIP_GMACS}.\n")
-
-    nets = {"DenseCLIP": DenseCLIP(clip_model.visual), "ZegCLIP": ZegCLIP(clip_model.visual)}
-    nets |= {body: build(clip_model, body) for body in args.bodies}
-    image = torch.randint(256, (3, SIDE, SIDE), dtype=torch.uint8)
-    calls, memory, size = {}, {}, 2048 if device.type == "cpu" else 8192
-    for name, net in nets.items():
-        net.to(device).eval()
-        net.logits = lower(amp, torch.compile(net.logits) if args.compile else net.logits)
-        for K in CLASSES:
-            calls[f"{name} {K}"] = call = partial(label_map, net, texts(K, device), image.to(device))
-            call()
-            memory[name, K] = peak_memory(device, call, megabytes(net.parameters()))
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if args.dtype == "bf16" else None)
-    times = go_round(device, calls | {"product": lambda: matrix @ matrix}, args.repeats)
-    reached = 2 * size ** 3 / median(times["product"])
-    rows = []
-    for name in nets:
-        few, many = (times[f"{name} {K}"] for K in CLASSES)
-        flops = work(tower[name]) if name in tower else peers[f"{name} 20"]
-        faster = [f"{median(times[f'{peer} 20']) / median(few):.2f}" for peer in ("DenseCLIP", "ZegCLIP")]
-        peak = " / ".join("–" if memory[name, K] is None else f"{memory[name, K]:.0f}" for K in CLASSES)
-        rows.append((name, f"{flops:.1f}", rate(few), rate(many), f"{100 * (median(many) / median(few) - 1):+.0f} %",
-                     *faster, f"{100 * flops * 1e9 / median(few) / reached:.0f} %", peak))
-    report += ["\n## Test, one 512² image to its label map\n", markdown(
-        ("model", "GFLOPs", "images/s, 20 classes", "171 classes", "time, 171 for 20", "× DenseCLIP", "× ZegCLIP",
-         "of the matrix product's FLOP/s", "peak MB, 20 / 171 classes"), rows),
-        f"A {size}² matrix product reaches {reached / 1e9:.0f} GFLOP/s here, in this run.\n"]
-    if args.dtype == "bf16":
-        report.append("Under autocast; evaluate.py and predict.py themselves compute in fp32.\n")
-    return {"counts": tower, "peers": peers, "seconds": times, "memory": {f"{n} {K}": m for (n, K), m in memory.items()}
-            }, report
-
-
-def label_map(net, t, image):
-    net.t = t
-    return inference.predict(net, image, torch.ones(len(t), dtype=torch.bool, device=image.device))
-
-
-def work(count):
-    return count["encoder"] + count["decoder"] + count["head"]
-
-
-def build(clip_model, body, head="csh"):
-    torch.manual_seed(0)
-    return models.build(clip_model, body=body, body_weights="none", head=head)
-
-
-def train_step(seen, net, teacher, images, labels, amp, optimizer):
-    """A step as train.py does it, {part: seconds} into `seen`. Without a teacher: cross-entropy alone, the control."""
-    marks, device = [], images.device
-
-    def mark():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-
-    mark()
-    with amp():
-        c = teacher and train.cls_embeddings(teacher, images)
-    mark()
-    with amp():
-        x = net.body((images - net.mean) / net.std)
-        mark()
-        z = net.head(x)
-    mark()
+    args: train.parse's, with steps and precision filled in."""
+    crops, labels, views = (x.to(device, non_blocking=True) for x in batch)
+    with processes.autocast(device, args.precision):
+        c = train.cls_embeddings(teacher, views)
+        mark("teacher")
+        x = model.body((crops.float() / 255 - model.mean) / model.std)
+        mark("body")
+        z = model.head(x)
+        mark("head")
     labels, inside = data.split_padding(labels, z.shape[2:])
-    if teacher:
-        k = losses.k_at(1, 2, inside.shape[1])
-        loss = losses.cross_entropy_loss(z, net.t, labels) + losses.sgd_loss(z, c, k, inside=inside)
-        loss = loss + losses.sam_loss(z, net.t, labels)
-    else:
-        loss = losses.cross_entropy_loss(z, net.t, labels)
-    mark()
+    k = losses.k_at(args.steps // 2, args.steps, inside, args.k_end)
+    loss = losses.cross_entropy_loss(z, model.t, labels, model.tau)
+    loss = loss + args.sgd_weight * losses.sgd_loss(z, c, k, inside, bank)
+    loss = loss + args.sam_weight * losses.sam_loss(z, model.t, labels, model.tau)
+    mark("losses")
     optimizer.zero_grad()
     loss.backward()
-    mark()
-    nn.utils.clip_grad_norm_(net.parameters(), train.MAX_GRADIENT_NORM)
+    mark("backward")
+    nn.utils.clip_grad_norm_(model.parameters(), train.MAX_GRADIENT_NORM)
     optimizer.step()
-    mark()
-    seen.append({part: end - start for part, start, end in zip(STEP, marks, marks[1:])})
+    mark("optimiser")
+    return losses.push(bank, c)
 
 
-def training(args, clip_model, device, amp):
-    with tempfile.TemporaryDirectory() as folder:
-        return train_bodies(args, clip_model, device, amp, drawn(folder, args.classes))
+def training(body, teacher, source, args, device):
+    """-> {"images_per_s", "peak_mb", "parts": {part: share of the time}} of the steps after the first two."""
+    flags = train.parse(["--precision", args.precision, "--steps", str(args.repeats + 2)])
+    model = build(body, teacher, args.classes).train()
+    optimizer = torch.optim.AdamW(train.parameter_groups(model), lr=source.recipe.lr, weight_decay=0, fused=True)
+    dataset = data.TrainSet(source, source.recipe, teacher.visual.input_size)
+    order = data.Steps(len(source.train), args.batch_size, 0, flags.steps)
+    bank, clock = torch.empty(0, teacher.visual.output_dim, device=device), [now(device)]
+    mark = lambda _: clock.append(now(device))  # noqa: E731
+    with Memory(device, model, teacher.visual) as peak:
+        for batch in data.train_loader(dataset, order, args.workers, device):
+            mark("data")
+            bank = step(model, teacher, optimizer, batch, bank, flags, device, mark)
+    parts = torch.tensor(clock).diff().view(-1, len(PARTS))[2:].mean(0)
+    return {"images_per_s": args.batch_size / parts.sum().item(), "peak_mb": peak.mb,
+            "parts": dict(zip(PARTS, (parts / parts.sum()).tolist()))}
 
 
-def train_bodies(args, clip_model, device, amp, view):
-    B, K = args.batch, args.classes
-    images, labels = (torch.stack(part).to(device) for part in zip(*(view[i, 0] for i in range(B))))
-    images = images.float() / 255
-    calls, parts, memory = {}, {}, {}
-    for body in args.bodies:
-        for head in ("csh", "linear"):
-            net = build(clip_model, body, head).to(device).train()
-            net.t = texts(K, device)
-            if args.compile:
-                net.body.compile()
-                net.head.compile()
-            teacher = clip_model if head == "csh" else None
-            optimizer = torch.optim.AdamW(train.parameter_groups(net, 1e-4), fused=True)
-            parts[body, head] = []
-            step = partial(train_step, parts[body, head], net, teacher, images, labels, amp, optimizer)
-            step()  # the optimiser's moments, the compiler
-            optimizer.zero_grad()
-            moments = [x for state in optimizer.state.values() for x in state.values()]
-            held = megabytes([*net.parameters(), *moments, *(teacher.visual.parameters() if teacher else ())])
-            memory[body, head] = peak_memory(device, step, held)
-            calls[body, head] = step
-    calls["data"] = lambda: [view[i, 0] for i in range(B)]
-    times = go_round(device, calls, args.repeats)
-    rows = []
-    for body in args.bodies:
-        ours, control = times[body, "csh"], times[body, "linear"]
-        each = [1e3 * median(step[part] for step in parts[body, "csh"][-args.repeats:]) / B for part in STEP]
-        peak = ["–" if memory[body, head] is None else f"{memory[body, head]:.0f}" for head in ("csh", "linear")]
-        rows.append((body, *map(round, each), rate(ours, B), rate(control, B),
-                     f"{median(ours) / median(control):.2f}", " / ".join(peak)))
-    report = [f"\n## Training step, {B} images of 512², {K} classes, ms an image\n", markdown(
-        ("body", *STEP, "images/s", "linear head, CE alone: images/s", "time, ours for that", "peak MB, both"), rows),
-        f"data, one loader process: {1e3 * median(times['data']) / B:.0f} ms an image (640×480 JPEG, PNG mask; in "
-        "training it overlaps with the step).\n"]
-    flat = {" ".join(key) if isinstance(key, tuple) else key: value for key, value in times.items()}
-    return {"seconds": flat, "parts": {" ".join(key): value for key, value in parts.items()}}, report
+# ---------------------------------------------------------------- test
 
 
-def drawn(folder, K):
-    """The training view of a data set of one drawn 640×480 picture, a JPEG and a PNG mask in `folder`."""
-    blobs = F.interpolate(torch.rand(1, 3, 15, 20), (480, 640), mode="bicubic")[0].clamp(0, 1)
-    Image.fromarray((255 * blobs).byte().permute(1, 2, 0).numpy()).save(f"{folder}/image.jpg")
-    mask = F.interpolate(torch.randint(min(K, sources.INVALID), (1, 1, 12, 16)).float(), (480, 640))[0, 0].byte()
-    Image.fromarray(mask.numpy()).save(f"{folder}/mask.png")
-    source = argparse.Namespace(train=[("x", f"{folder}/image.jpg", f"{folder}/mask.png")], classes=range(K),
-                                table=lambda training: torch.arange(256).byte())
-    return data.TrainSet(source, sources.Recipe(1, crop=SIDE))
+def testing(nets, recipe, picture, args, device):
+    """{name: model} -> {name: {"pictures_per_s", "peak_mb"}}; in each round all label the same picture in turn."""
+    times, peaks = {name: [] for name in nets}, {}
+    for _ in range(args.repeats + 1):
+        for name, net in nets.items():
+            with Memory(device, net) as peak, processes.autocast(device, args.precision):
+                start = now(device)
+                models.ChimeraSeg.label(net, picture, recipe.short_side, recipe.window, recipe.stride)
+                times[name].append(now(device) - start)
+            peaks[name] = peak.mb
+    return {name: {"pictures_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}
 
 
-def loop(args, clip_model, device, amp, steps=120, skip=20, more=()):
-    """train.main as it is, its loader watched; the first `skip` steps and the test after the last one do not count."""
-    asked, given = [], []  # when the loop asked for a batch, when it had it
-
-    class Watched(train.DataLoader):
-        def __iter__(self):
-            batches = super().__iter__()
-            while True:
-                asked.append(time.perf_counter())
-                batch = next(batches, None)
-                given.append(time.perf_counter())
-                if batch is None:
-                    return
-                yield batch
-
-    flags = ["--steps", str(steps), "--device", device.type, "--precision", args.dtype, *more]
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "DataLoader", Watched):
-        settings = train.parse([*flags, "--out-dir", folder])
-        with contextlib.redirect_stdout(None):
-            train.main(settings)
-    source = sources.open_dataset("toy", settings.data_root)
-    view = data.TrainSet(source, source.recipe, 0)
-    reading = go_round(device, {"batch": lambda: [view[i, 0] for i in range(settings.batch_size)]}, args.repeats)
-    whole = given[steps - 1] - given[skip - 1]  # as many waits as steps; the last step, with its save, not counted
-    waits = sum(end - start for start, end in zip(asked[skip:steps], given[skip:steps]))
-    step, read = whole / (steps - skip), median(reading["batch"])
-    report = [f"\n## The embedded default's loop, {steps - skip} steps\n", markdown(
-        ("ms a step", "waiting for data", "reading a batch, ms of one core", "that of all the cores' time"),
-        [(f"{1e3 * step:.0f}", f"{100 * waits / whole:.1f} %", f"{1e3 * read:.0f}",
-          f"{100 * read / step / os.cpu_count():.1f} %" if device.type == "cpu" else "–")]),
-        f"`python train.py {' '.join(flags)}`, {settings.workers} loader processes.\n"]
-    return {"step": step, "waiting": waits / whole, "reading": reading["batch"]}, report
-
-
-def growth(args, clip_model, device, amp):
-    """How time grows with the image's side, the number of classes and processes; the first body stands for all."""
-    body, repeats = args.bodies[0], max(args.repeats // 3, 1)
-    nets = {body: build(clip_model, body).to(device).eval(), "DenseCLIP": DenseCLIP(clip_model.visual)}
-    few = texts(CLASSES[0], device)
-
-    def run(net, side):
-        net.t = few
-        with torch.inference_mode(), amp():
-            net.logits(torch.rand(1, 3, side, side, device=device))
-
-    calls = {(name, side): lambda net=net, side=side: run(net, side) for name, net in nets.items() for side in SIDES}
-    net, image = nets[body], torch.randint(256, (3, SIDE, SIDE), dtype=torch.uint8).to(device)
-    with torch.inference_mode(), amp():
-        z = net(image[None] / 255)
-    labels = torch.randint(20, (1, SIDE, SIDE), device=device)
-    noise = F.normalize(torch.randn_like(z), dim=1)
-    for K in MORE_CLASSES:
-        t = texts(K, device)
-        for name, features in (("label map", z), ("label map, noise", noise)):
-            grid = argparse.Namespace(logits=lambda _, features=features, t=t: losses.pixel_text_logits(features, t))
-            calls[name, K] = partial(label_map, grid, t, image)
-        calls["cross-entropy", K] = lambda t=t: losses.cross_entropy_loss(
-            z.clone().requires_grad_(), t, labels).backward()
-    times = go_round(device, calls, repeats)
-    ms = lambda name, n: spread(times[name, n], 1e3)  # noqa: E731
-    report = ["\n## Growth\n", markdown(("logits of one image, ms, by side", *SIDES),
-                                        [(name, *(ms(name, side) for side in SIDES)) for name in nets]),
-              markdown((f"{body} at 512², ms, by classes", *MORE_CLASSES), [
-                  (name, *(ms(name, K) for K in MORE_CLASSES))
-                  for name in ("label map", "label map, noise", "cross-entropy")]),
-              "Label map: from the features on, this network's or independent noise (the worst case: few classes can "
-              "be left out). Cross-entropy: forward and backward.\n"]
-    most = os.cpu_count() if device.type == "cpu" else torch.cuda.device_count()
-    rates = {}
-    for ranks in sorted({1, 2, most} & {*range(1, most + 1)}):
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(process, (ranks, folder, body, device.type), ranks)
-            rates[ranks] = float(Path(folder, "rate").read_text())
-    report.append(markdown(("training, processes" + " of one thread" * (device.type == "cpu"), *rates), [
-        (f"{body}, 2 × 256² each, images/s", *(f"{value:.3g}" for value in rates.values()))]))
-    plot({name: [median(times[name, side]) for side in SIDES] for name in nets}, args.out.with_suffix(".png"))
-    report.append(f"![time over side]({args.out.stem}.png)\n")
-    return {"seconds": {f"{name} {n}": value for (name, n), value in times.items()}, "processes": rates}, report
-
-
-def process(rank, ranks, folder, body, kind, steps=5):
-    """One of `ranks` training processes; the first writes the images a second of all of them into folder/rate."""
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
-    net = build(clip.CLIP(**VIT_B16), body).to(device).train()
-    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # as in train.py
-    student = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    t, images = texts(20, device), torch.rand(2, 3, 256, 256, device=device)
-    labels = torch.randint(20, (2, 256, 256), device=device)
-    step = lambda: losses.cross_entropy_loss(student(images), t, labels).backward()  # noqa: E731
-    step()
-    taken = seconds(device, lambda: [step() for _ in range(steps)])
-    if rank == 0:
-        Path(folder, "rate").write_text(str(2 * steps * ranks / taken))
-    dist.destroy_process_group()
-
-
-def plot(curves, path, width=480, height=320, edge=44):
-    """{name: seconds for each of SIDES} -> a picture, both axes logarithmic."""
-    picture = Image.new("RGB", (width, height), "white")
-    pen, log = ImageDraw.Draw(picture), lambda v: torch.tensor(v).log().item()
-    times = [t for curve in curves.values() for t in curve]
-    x = lambda side: edge + (width - 2 * edge) * log(side / SIDES[0]) / log(SIDES[-1] / SIDES[0])  # noqa: E731
-    y = lambda t: height - edge - (height - 2 * edge) * log(t / min(times)) / log(max(times) / min(times))  # noqa: E731
-    for side in SIDES:
-        pen.line([(x(side), edge), (x(side), height - edge)], fill="lightgrey")
-        pen.text((x(side) - 10, height - edge + 6), str(side), fill="black")
-    for (name, curve), colour in zip(curves.items(), ("crimson", "navy")):
-        pen.line([(x(side), y(t)) for side, t in zip(SIDES, curve)], fill=colour, width=2)
-        for side, t in zip(SIDES, curve):
-            pen.text((x(side) - 16, y(t) - 14), f"{1e3 * t:.0f}", fill=colour)
-        pen.text((x(SIDES[0]) + 8, 8 + 14 * list(curves).index(name)), f"{name}, ms an image over side", fill=colour)
-    checkpoint.atomic(path, lambda partial: picture.save(partial, "PNG"))
-
-
-PARTS = {"test": test, "train": training, "loop": loop, "growth": growth}
+def build(body, teacher, classes):
+    """A name of bodies.BODIES, or a peer's class -> the model on the teacher's device, with random text embeddings."""
+    net = body(teacher) if body in PEERS.values() else models.build(teacher, body=body, body_weights="none")
+    t = torch.randn(classes, teacher.visual.output_dim, device=teacher.logit_scale.device)
+    net.to(t.device).t = F.normalize(t, dim=1)
+    return net.eval()
 
 
 def main(args):
-    device = inference.pick_device(args.device)
-    if unknown := {*args.bodies} - {*bodies.BODIES} or {*args.parts} - {*PARTS}:
-        raise bodies.ModelError(f"{unknown.pop()!r} is none of {', '.join(bodies.BODIES)}; {', '.join(PARTS)}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.batch = args.batch or (2 if device.type == "cpu" else 16)
-    amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,  # noqa: E731
-                                    cwd=Path(__file__).parent).stdout.strip()
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next((line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")), platform.machine())
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
-    about = {"machine": where, "torch": torch.__version__, "dtype": args.dtype, "compile": args.compile,
-             "repeats": args.repeats, "commit": git("rev-parse", "--short", "HEAD") + " and changes" * bool(
-                 git("status", "--porcelain", "--", "*.py")),
-             "command": " ".join(["python", "benchmark.py", *sys.argv[1:]])}
+    device = processes.start(args.device)
+    args.precision = args.precision or processes.fast_precision(device)
+    args.batch_size = args.batch_size or (2 if device.type == "cpu" else 16)
     torch.manual_seed(0)
-    clip_model = clip.CLIP(**VIT_B16).eval().requires_grad_(False).to(device)
-    result, report = dict(about), ["# Speed and cost\n", *(f"{key}: {value}  " for key, value in about.items()), ""]
-    for part in args.parts:
-        start = time.time()
-        numbers, lines = PARTS[part](args, clip_model, device, amp)
-        result[part] = numbers
-        report += lines
-        print("\n".join(lines), f"\n[{part}: {time.time() - start:.0f} s]", flush=True)
-    checkpoint.atomic(args.out, lambda path: path.write_text("\n".join(report)))
-    checkpoint.atomic(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    teacher = (clip.load(args.clip) if args.clip else clip.CLIP(**VIT_B16).eval().requires_grad_(False)).to(device)
+    where = (torch.cuda.get_device_name() if device.type == "cuda" else
+             f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    nets = {name: build(body, teacher, args.classes) for name, body in
+            (PEERS | {body: body for body in args.bodies}).items()}
+    result = {"device": where, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit(),
+              "settings": {key: str(value) for key, value in vars(args).items()}, "models": {}}
+    image = torch.rand(1, 3, args.crop, args.crop, device=device)
+    for name, net in nets.items():
+        counts = [sum(p.numel() for p in net.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0)]
+        result["models"][name] = {"gflops": gflops(net.logits, image)["Global"], "trained_m": counts[0],
+                                  "parameters_m": counts[1]}
+    with tempfile.TemporaryDirectory() as folder:
+        source = drawn(folder, args.classes, args.crop)
+        picture = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.picture)).astype(np.uint8))
+        for name, found in testing(nets, source.recipe, picture, args, device).items():
+            result["models"][name]["test"] = found
+        nets.clear()
+        for name in args.bodies:
+            result["models"][name]["train"] = training(name, teacher, source, args, device)
+    for name, found in result["models"].items():
+        say(name, found)
+    checkpoint.atomic(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"wrote {args.out}")
+    return result
+
+
+def say(name, found):
+    print(f"{name}: {found['gflops']:.1f} GFLOPs, {found['trained_m']:.1f} of {found['parameters_m']:.1f} M parameters "
+          f"trained; test {found['test']['pictures_per_s']:.2f} pictures/s, {found['test']['peak_mb']} MB")
+    if train_ := found.get("train"):
+        shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in train_["parts"].items())
+        print(f"    training {train_['images_per_s']:.2f} images/s, {train_['peak_mb']} MB: {shares}")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="PART", help="test, train, loop, growth")
-    parser.add_argument("--bodies", nargs="+", default=["mobilenet-v2", "segnext-t", "resnet50", "segnext-b"],
-                        metavar="BODY", help=f"of {', '.join(bodies.BODIES)} (default: four of them)")
-    parser.add_argument("--repeats", type=int, default=10, help="of each measurement, all in turn (default: 10)")
-    parser.add_argument("--batch", type=int, help="images a training step (default: 2 on a CPU, 16 on CUDA)")
-    parser.add_argument("--classes", type=int, default=20, help="in training (default: 20)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all models")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark.md"), help="beside it .json and .png "
-                        "(default: results/benchmark.md)")
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument
+    group("--bodies", nargs="+", choices=bodies.BODIES, default=["mobilenet-v2", "resnet50", "segnext-b"],
+          metavar="BODY", help=f"of {', '.join(bodies.BODIES)} (default: three of them)")
+    group("--clip", metavar="NAME|FILE", help="teacher and head (default: ViT-B/16's shape with random weights)")
+    group("--crop", type=int, default=512, help="pixels a side in training; the test's sizes follow (default: 512)")
+    group("--picture", type=int, nargs=2, default=[375, 500], metavar=("H", "W"), help="at test (default: 375 500)")
+    group("--classes", type=int, default=20, help="(default: 20, VOC's)")
+    group("--batch-size", type=int, help="(default: 2 on a CPU, else 16)")
+    group("--workers", type=int, default=2, help="loader processes (default: 2)")
+    group("--repeats", type=int, default=10, help="steps and pictures that are timed (default: 10)")
+    group("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
+    group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
+    group("--out", type=Path, default=ROOT / "experiments/results/benchmark.json", metavar="FILE",
+          help="(default: experiments/results/benchmark.json)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    guard.run_command(main, parse)
+    run_command(main, parse)

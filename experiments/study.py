@@ -1,398 +1,282 @@
-"""The controlled comparison on the embedded default: every row trained with several seeds by train.py's own main.
+"""The controlled comparison on the embedded default: train.py with and without a part, on several drawn worlds.
 
-    python -m experiments.study                     # every row, 3 seeds, the main rows first; finished runs are not run again
-    python -m experiments.study --rows full linear  # some rows
-    python -m experiments.study --rows full linear --world 1   # another world: other scenes, other unseen classes
-    python -m experiments.study --render            # only write results/toy.md and toy.png from results/toy.jsonl
+    python -m experiments.study                                       # the five ROWS on worlds 0 to 7, seed 0
+    python -m experiments.study --worlds 0 --seeds 0 1 2              # the noise of a run
+    python -m experiments.study --worlds 8 9 10 11 --rows "full --sgd-weight 0.1" "full --k-end 0.3"   # a search
+    python -m experiments.study --worlds 0 1 2 --rows "full pictures=250" "linear pictures=250"        # a hypothesis
+    python -m experiments.study --report                              # docs/results.md and .png from what is there
 
-A finished run is a line of results/toy.jsonl, so the study can be done in several goes and on several machines, all in
-PRECISION. CRITERIA were written down before these runs, but for the last one, which came after its first seed; the two
-before it had held on world 0 in an earlier study in fp32. results/toy.md says of each whether it holds.
+A row is a name of ROWS. After it may stand flags of train.py, and changes of the data: pictures=N keeps the first N
+training pictures, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
+unseen classes; world N lies in data/toy-N and is drawn where it is missing.
+Each run is a process of one thread, two run at a time. A finished run is a line of experiments/results/study.jsonl, so
+the study goes on where it was interrupted. All lines of that file are of one state of METHOD's files (comments apart)
+and of one precision: others are refused.
 """
 import argparse
+import ast
+import hashlib
 import json
 import os
-import statistics
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
-import torch
+import numpy as np
 from PIL import Image, ImageDraw
 
-from support import command as guard
-import losses
-import model as models
-from support import pictures
-import sources
-import train
+from sources.files import read_lines
+from support import UserError, pictures
+from support.checkpoint import atomic
+from support.command import run_command
 from toy import world
-from experiments.diagnose import Probe
 
+ROWS = {  # name: (what it is, flags of train.py)
+    "full": ("the default: CSH, SGD, SAM", []),
+    "linear": ("a trained linear layer in the place of CLIP's part; same adapter, LayerNorm and losses",
+               ["--head", "linear"]),
+    "linear-seg": ("the same with L_seg alone", ["--head", "linear", "--sgd-weight", "0", "--sam-weight", "0"]),
+    "random": ("CSH's shape with random frozen weights", ["--head", "random"]),
+    "all-k": ("SGD distils all positions throughout", ["--k-end", "1"]),
+}
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results" / "toy.jsonl"
-PRECISION = "bf16"  # of every run; where the CPU has no such instructions it is emulated
-
-SEG_ONLY = ["--sgd-weight", "0", "--sam-weight", "0"]
-CONSTANT = ["--k-schedule", "constant", "--k-end"]
-# one-sided 95 % points of Student's t, by the number of values in a mean
-T95 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
-MAIN = {  # row: (what it is, flags of train.py); the default, then it without a part or with another one
-    "full": ("the default: CSH, n = 1, SGD and SAM", []),
-    "seg": ("segmentation loss alone", SEG_ONLY),
-    "linear": ("control: linear projection behind the same adapter and LayerNorm", ["--head", "linear"]),
-    "linear-seg": ("the same control, segmentation loss alone", ["--head", "linear", *SEG_ONLY]),
-    "random": ("control: frozen random weights of CSH's shape", ["--head", "random"]),
-    "all-k": ("k = N throughout: every position distilled", [*CONSTANT, "1"]),
-    "no-sgd": ("without SGD", ["--sgd-weight", "0"]),
-    "no-sam": ("without SAM", ["--sam-weight", "0"]),
-}
-ROWS = MAIN | {
-    "linear-plain": ("the linear control without the LayerNorm", ["--head", "linear"]),
-    "linear-plain-seg": ("the same, segmentation loss alone", ["--head", "linear", *SEG_ONLY]),
-    "unfrozen": ("CSH with its CLIP part trained", []),
-    "n0": ("n = 0: adapter, ln_post and proj only", ["--frozen-blocks", "0"]),
-    "n2": ("n = 2", ["--frozen-blocks", "2"]),
-    "n4": ("n = 4: all blocks of the tiny CLIP", ["--frozen-blocks", "4"]),
-    "attention-vv": ("attention between like values", ["--attention", "vv"]),
-    "attention-self": ("each token attends to itself", ["--attention", "self"]),
-    "positional": ("CLIP's positions added to the tokens", []),
-    "gain-1": ("tokens enter the frozen block at unit scale", []),
-    "fixed-k-0.4": ("k = 0.4 N throughout", [*CONSTANT, "0.4"]),
-    "fixed-k-0.1": ("k = 0.1 N throughout", [*CONSTANT, "0.1"]),
-    "k-end-0.4": ("k falls to 0.4 N", ["--k-end", "0.4"]),
-    "k-end-0.03": ("k falls to 0.03 N", ["--k-end", "0.03"]),
-    "k-cosine": ("k falls along a cosine", ["--k-schedule", "cosine"]),
-    "random-k": ("k positions at random, not the most similar", []),
-    "per-feature": ("1 − cosine of each of the k features, no contrast; about 1/τ_g = 14 times less gradient", []),
-    "no-bank": ("no bank of earlier CLS embeddings", []),
-    "sam-bce": ("SAM by binary cross-entropy, same τ, no bias", []),
-    "nel": ("focal + dice instead of cross-entropy, same τ, no bias", ["--seg-loss", "nel"]),
-    "tau-0.07": ("τ = 0.07 instead of CLIP's own", ["--temperature", "0.07"]),
-    "sgd-0.5": ("λ_sgd = 0.5", ["--sgd-weight", "0.5"]),
-    "sgd-1": ("λ_sgd = 1", ["--sgd-weight", "1"]),
-    "strict": ("images that hold unseen classes dropped", ["--strict"]),
-}
-CRITERIA = (  # (what the paper's claim asks for here, row above, row below, score, by how many points)
-    ("the method beats a linear head with the segmentation loss alone", "full", "linear-seg", "mIoU_unseen", 20),
-    ("selecting features beats distilling all", "full", "all-k", "mIoU_unseen", 5),
-    ("a part of CLIP beats a linear projection", "full", "linear", "hIoU", 0),
-    ("CLIP's part beats random frozen weights", "full", "random", "hIoU", 0),
-    ("the most similar positions beat as many random ones", "full", "random-k", "mIoU_unseen", 0),
-)
+DATA, RUNS = ROOT / "data", ROOT / "runs/study"
+RESULTS, REPORT = ROOT / "experiments/results/study.jsonl", ROOT / "docs/results.md"
+METHOD = ("train.py", "evaluate.py", "model.py", "clip_head.py", "losses.py", "data.py", "bodies/small.py",
+          "clip/model.py", "clip/tokenizer.py", "sources/toy.py", "toy/world.py", "toy/clip.pt")  # what scores hang on
+SCORES = {"mIoU_seen": "seen", "mIoU_unseen": "unseen", "hIoU": "hIoU"}
+# Student's t: 95 % of the values lie between -t and t, by the number of values in the mean
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201}
+MARK = "<!-- below: python -m experiments.study --report -->"  # what stands above it in the report is kept
 
 
-# ---------------------------------------------------------------- rows that no flag of train.py makes
+# ---------------------------------------------------------------- runs
 
 
-def of_built(change):
-    """A change of the model that train.py has built."""
-    build = models.build
-
-    def changed(*args, **config):
-        model = build(*args, **config)
-        change(model)
-        return model
-    models.build = changed
-
-
-def random_selection():
-    select = losses.select
-    losses.select = lambda a, *args: select(torch.rand_like(a), *args)
-
-
-def per_feature_loss(z, c, k, bank=None, tau=None, inside=None):
-    a = torch.einsum("bdn,bd->bn", z.flatten(2), c)
-    chosen = losses.select(a.detach(), k, inside)
-    return 1 - (a * chosen).sum() / chosen.sum()
+def method_hash():
+    """Of METHOD's files; of Python files without comments and docstrings."""
+    digest = hashlib.sha256()
+    for name in METHOD:
+        content = (ROOT / name).read_bytes()
+        if name.endswith(".py"):
+            tree = ast.parse(content)
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                    node.body = node.body[1:]
+            content = ast.unparse(tree).encode()
+        digest.update(name.encode() + content)
+    return digest.hexdigest()[:12]
 
 
-def without_norm(_):
-    of_built(lambda model: setattr(model.head.adapter, "norm", torch.nn.Identity()))
+def split_row(row):
+    """"linear pictures=250 --lr 1e-3" -> {"pictures": 250}, all its flags for train.py"""
+    name, *more = row.split()
+    if name not in ROWS:
+        raise UserError(f"no row {name!r}: choose {', '.join(ROWS)}")
+    changes = [re.fullmatch(r"(pictures|seen)=(\d+)", word) for word in more]
+    return {c[1]: int(c[2]) for c in changes if c}, ROWS[name][1] + [word for word, c in zip(more, changes) if not c]
 
 
-VARIANTS = {  # row: what it does before train.main(args)
-    "positional": lambda args: setattr(args, "positional", True),  # saved with the run's settings
-    "linear-plain": without_norm,
-    "linear-plain-seg": without_norm,
-    "unfrozen": lambda _: of_built(lambda model: model.head.clip.requires_grad_(True)),
-    "gain-1": lambda _: of_built(lambda model: torch.nn.init.ones_(model.head.adapter.norm.weight)),
-    "no-bank": lambda _: setattr(losses, "BANK", 0),
-    "random-k": lambda _: random_selection(),
-    "per-feature": lambda _: setattr(losses, "sgd_loss", per_feature_loss),
-    "sam-bce": lambda _: setattr(losses, "sam_loss", partial(losses.sam_loss, kind="bce")),
-}
+def draw(seed, changes):
+    """Folder of world `seed` with its changes, drawn where it is missing."""
+    root = DATA / (f"toy-{seed}" if seed else "toy")
+    if not root.exists():
+        world.write(root, seed)
+    if read_lines(root / "unseen.txt") != world.unseen(seed):
+        raise UserError(f"{root} is not world {seed}, its unseen classes are others: take it away")
+    if not changes:
+        return root
+    changed = DATA / "-".join([f"toy-{seed}", *(f"{key}{n}" for key, n in changes.items())])
+    changed.mkdir(exist_ok=True)
+    for part in ("images", "masks"):
+        if not (changed / part).exists():
+            (changed / part).symlink_to((root / part).resolve())
+    lists = {name: read_lines(root / name) for name in ("train.txt", "val.txt", "classes.txt", "unseen.txt")}
+    lists["train.txt"] = lists["train.txt"][:changes.get("pictures")]
+    if "seen" in changes:  # the first ones of a shuffled list, so that 4 of them are among 8
+        seen = [name for name in lists["classes.txt"] if name not in lists["unseen.txt"]]
+        lists["unseen.txt"] += list(np.random.RandomState(seed).permutation(seen)[changes["seen"]:])
+    for name, lines in lists.items():
+        (changed / name).write_text("\n".join(lines) + "\n")
+    return changed
 
 
-# ---------------------------------------------------------------- running
+def train(flags, out):
+    """One run of train.py in a process of one thread -> its metrics.json."""
+    (out / "metrics.json").unlink(missing_ok=True)
+    command = [sys.executable, "train.py", *flags, "--out-dir", str(out), "--workers", "0", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"python train.py {' '.join(flags)} did not finish: {done.stderr.strip()[-300:]}")
+    return json.loads((out / "metrics.json").read_text())
 
 
-def finished():
+def commit():
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + " and changes" * bool(git("status", "--porcelain", "--", "*.py"))
+
+
+def run(row, seed_of_world, seed, folder, precision):
+    """One run, whose line is written into RESULTS."""
+    start, method = time.time(), method_hash()
+    flags = [*split_row(row)[1], "--data-root", os.path.relpath(folder, ROOT), "--seed", str(seed),
+             "--precision", precision]
+    result = train(flags, RUNS / re.sub(r"[^\w.=-]+", "_", f"{row}-world{seed_of_world}-seed{seed}"))["gamma_0"]
+    if method_hash() != method:
+        raise UserError(f"the method's files changed during a run of {row}, whose result is not kept: start again")
+    line = {"row": row, "world": seed_of_world, "seed": seed, "precision": precision, "method": method,
+            "commit": commit(), "command": " ".join(["python train.py", *flags]),
+            "seconds": round(time.time() - start), "scores": {key: round(result[key], 2) for key in SCORES},
+            "IoU": {name: result["IoU"][name] for name in world.unseen(seed_of_world)}}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    scores = "  ".join(f"{name} {line['scores'][key]:5.1f}" for key, name in SCORES.items())
+    print(f"{row:<28} world {seed_of_world:2d}  seed {seed}  {scores}  {line['seconds']} s", flush=True)
+
+
+def finished(now=None):
+    """Lines of the finished runs. now: (method, precision) of a run to come.
+
+    Raises UserError if they are of several methods or precisions."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    runs = [(line["row"], line["world"], line["seed"]) for line in lines]
-    if len(set(runs)) < len(runs) or any(line["precision"] != PRECISION for line in lines):
-        sys.exit(f"error: {RESULTS} has a run twice, or one in another precision than {PRECISION}: take it out")
-    first = {}  # row: the settings of its first run that noted them
-    for line in lines:
-        if (settings := line.get("settings")) and first.setdefault(line["row"], settings) != settings:
-            differ = sorted({key for key, _ in settings.items() ^ first[line["row"]].items()})
-            sys.exit(f"error: {RESULTS} has runs of {line['row']} that differ in {', '.join(differ)}: take out those "
-                     "of the former defaults")
+    states = {(line["method"], line["precision"]): line["commit"] for line in lines} | ({now: "now"} if now else {})
+    if lines and len(states) > 1:
+        listed = "; ".join(f"{method} in {precision} ({at})" for (method, precision), at in states.items())
+        raise UserError(f"{RESULTS} has runs of more than one method or precision: {listed}. Their figures do not "
+                        "compare: take the lines of all but one out, or move the file away")
     return lines
 
 
-def run(row, world_seed, seed, steps):
-    """One run of train.py in a process of one thread -> its line for results/toy.jsonl, which a trial does not get."""
-    out = ROOT / "runs" / "study" / f"{row}-world{world_seed}-seed{seed}{'-trial' * bool(steps)}"
-    (out / "metrics.json").unlink(missing_ok=True)
-    flags = [*ROWS[row][1], *(["--data-root", f"data/toy-{world_seed}"] if world_seed else []), "--seed", str(seed)]
-    flags += ["--steps", str(steps)] if steps else []
-    place = ["--out-dir", str(out), "--workers", "0", "--device", "cpu", "--precision", PRECISION]
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-    commit += " and changes" if git(["git", "status", "--porcelain", "--", "*.py"]).stdout else ""
-    start = time.time()
-    done = subprocess.run([sys.executable, "-m", "experiments.study", "--train", row, *flags, *place], cwd=ROOT, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    program = f"-m experiments.study --train {row}" if row in VARIANTS else "train.py"
-    command = " ".join(["python", program, *flags])
-    if done.returncode or not (out / "metrics.json").exists():
-        raise RuntimeError(f"{command} did not finish:\n{done.stdout[-300:]}{done.stderr}")
-    result = json.loads((out / "metrics.json").read_text())
-    keep = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")
-    config = json.loads((out / "config.json").read_text())
-    settings = {key: config[key] for key in vars(train.parse([])) if key in config and key not in ("seed", "data_root")}
-    line = {"row": row, "world": world_seed, "seed": seed, "command": command, "commit": commit,
-            "precision": PRECISION, "settings": settings, "seconds": round(time.time() - start),
-            "gamma_0": {k: round(result["gamma_0"][k], 2) for k in keep},
-            "calibrated": {k: round(result["calibrated"][k], 2) for k in (*keep, "gamma")},
-            "IoU": {name: round(result["gamma_0"]["IoU"][name], 1) for name in world.unseen(world_seed)},
-            "probe": [json.loads(entry) for entry in (out / "probe.jsonl").read_text().splitlines()]}
-    if not steps:
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps(line) + "\n")
-    return line
+# ---------------------------------------------------------------- statistics
 
 
-def train_row(row, argv):
-    """What `run` starts: train.py's main with the row's variant, watched by a probe, which changes nothing."""
-    args = train.parse(argv)
-    if row in VARIANTS:
-        VARIANTS[row](args)
-    Probe(args).watch()
-    guard.run_command(train.main, lambda: args)
+def mean_std(values):
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-# ---------------------------------------------------------------- tables
+def interval(values):
+    """Differences, one a world -> "mean [95 % interval]", bold where 0 lies outside of it."""
+    if len(values) < 2:
+        return f"{values[0]:+.1f}" if values else "–"
+    middle, half = mean(values), T95.get(len(values), T95[12]) * stdev(values) / len(values)**0.5
+    cell = f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+    return f"**{cell}**" if abs(middle) > half else cell
 
 
-def mean_std(values, sign=""):
-    return f"{statistics.mean(values):{sign}.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def table_of(lines, row, key):
+    """{world: {seed: score}}; key: a score, or one of world.unseen_kinds, whose classes' mean IoU it is then."""
+    table = {}
+    for line in lines:
+        if line["row"] == row:
+            kinds = world.unseen_kinds(line["world"])
+            value = line["scores"][key] if key in SCORES else mean(line["IoU"][name] or 0 for name in kinds[key])
+            table.setdefault(line["world"], {})[line["seed"]] = value
+    return table
 
 
-def runs_of(lines, row, world_seed):
-    return [line for line in lines if (line["row"], line["world"]) == (row, world_seed)]
+def by_world(lines, row, key):
+    """[mean score over seeds], one for each world that the row has."""
+    return [mean(seeds.values()) for seeds in table_of(lines, row, key).values()]
 
 
-def score_of(run, key):
-    """At γ = 0; of one of world.unseen_kinds its mean IoU."""
-    if key in run["gamma_0"]:
-        return run["gamma_0"][key]
-    return statistics.mean(run["IoU"][name] for name in world.unseen_kinds(run["world"])[key])
+def gains(lines, row, key):
+    """[score of full − score of the row, mean over the seeds that both have], one for each world.
+
+    Full has the same changes and flags as the row."""
+    name, *more = row.split()
+    high, low = table_of(lines, " ".join(["full", *more * (name != "full")]), key), table_of(lines, row, key)
+    pairs = {w: [high[w][seed] - low[w][seed] for seed in high[w].keys() & low[w]] for w in high.keys() & low}
+    return [mean(pairs[w]) for w in sorted(pairs) if pairs[w]]
 
 
-def scores(lines, row, world_seed, key):
-    """{seed: score}"""
-    return {run["seed"]: score_of(run, key) for run in runs_of(lines, row, world_seed)}
+# ---------------------------------------------------------------- report
 
 
-def differences(lines, above, below, world_seed, key):
-    """[score of row above − score of row below], one for each seed that both have"""
-    high, low = scores(lines, above, world_seed, key), scores(lines, below, world_seed, key)
-    return [high[seed] - low[seed] for seed in sorted(high.keys() & low.keys())]
+def report(lines):
+    """-> Markdown"""
+    rows, kinds = list(dict.fromkeys(line["row"] for line in lines)), list(world.unseen_kinds())
+    first = {line["row"]: line for line in reversed(lines)}
+    hours, commits = sum(line["seconds"] for line in lines) / 3600, sorted({line["commit"] for line in lines})
+    return "\n\n".join([
+        f"{len(lines)} runs, each of one thread in {lines[0]['precision']}, {hours:.1f} hours together. Commit "
+        f"{', '.join(commits)}, method {lines[0]['method']}.",
+        "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
+        "mean of its seeds.",
+        markdown(("row", "what it is", "worlds", *SCORES.values(), "first command"), [
+            (row, ROWS[row.split()[0]][0], len(by_world(lines, row, "hIoU")),
+             *(mean_std(by_world(lines, row, key)) for key in SCORES), f"`{first[row]['command']}`") for row in rows]),
+        "Full − row, pairs of one world and seed, with the 95 % interval of Student's t over worlds; bold where 0 lies "
+        "outside. The last three are mean IoU of unseen classes by what is new of them: the four things of a colour "
+        "that no mask shows, four pairs of known words, a ground.",
+        markdown(("full − row", "worlds", *SCORES.values(), *kinds), [
+            (row, len(gains(lines, row, "hIoU")), *(interval(gains(lines, row, key)) for key in (*SCORES, *kinds)))
+            for row in rows if row != "full" and gains(lines, row, "hIoU")]),
+        "The noise of a run: hIoU, mean ± standard deviation over the seeds of one world.",
+        markdown(("row", "world", "seeds", "hIoU"), [
+            (row, w, len(seeds), mean_std(list(seeds.values()))) for row in rows
+            for w, seeds in table_of(lines, row, "hIoU").items() if len(seeds) > 1]),
+        f"![seen, unseen and hIoU of each row]({REPORT.stem}.png)\n"])
 
 
-def world_gains(lines, above, below, key):
-    """[mean of those differences], one for each world that has any"""
-    worlds = sorted({line["world"] for line in lines})
-    return [statistics.mean(each) for w in worlds if (each := differences(lines, above, below, w, key))]
-
-
-def verdict(gains, least):
-    """Gains, one a seed or one a world -> in a word, by a one-sided t test at 95 % that their mean is `least`."""
-    gain, t = statistics.mean(gains), T95.get(len(gains), T95[10])  # of more values: a little too strict
-    if len(gains) < 2 or abs(gain - least) < t * statistics.stdev(gains) / len(gains) ** 0.5:
-        return "undecided"
-    return "holds" if gain > least else "**does not hold**"
-
-
-def judged(gains, least):
-    """Cells of a criterion: measured, how often, verdict"""
-    return f"{mean_std(gains, sign='+')} | {len(gains)} | {verdict(gains, least)}"
-
-
-def ahead(gains):
-    """Scores of full − those of a row, by how much the default is the better choice; bold where a t test can tell."""
-    cell = mean_std(gains, sign="+")
-    return cell if verdict(gains, 0) == "undecided" else f"**{cell}**"
-
-
-def render(lines):
-    """results/toy.jsonl -> results/toy.md, tables of mean ± standard deviation over seeds, and toy.png."""
-    text = ["# The embedded default under controls", "",
-            "mIoU in percent over all classes together, γ = 0 unless it says calibrated; mean ± std over n seeds. "
-            f"All in {PRECISION}, one thread. Written by `python -m experiments.study`. Holds, does not hold: by a one-sided t "
-            "test at 95 % over the n differences.", "",
-            "Unseen taken for seen: share of unseen dense positions labelled as a seen class, on 100 of the test "
-            "images just before the last step. Differences are of the same seeds; full − row is bold where such a "
-            "test tells it from 0, upwards or downwards (by chance alone in one row of ten).", ""]
-    for world_seed in sorted({line["world"] for line in lines}):
-        drawn = f" (`python -m toy.world --root data/toy-{world_seed} --seed {world_seed}`)" * bool(world_seed)
-        text += [f"## World {world_seed}", "", f"Unseen: {', '.join(world.unseen(world_seed))}{drawn}.", "",
-                 "| row | what | n | seen | unseen | hIoU | full − row, hIoU | hIoU, calibrated | unseen taken for "
-                 "seen, % | command | commit |", "|---" * 11 + "|"]
-        for row, (what, _) in ROWS.items():
-            if runs := runs_of(lines, row, world_seed):
-                command = runs[0]["command"].replace(f" --seed {runs[0]['seed']}", "")
-                cells = [mean_std([r["gamma_0"][key] for r in runs]) for key in ("mIoU_seen", "mIoU_unseen", "hIoU")]
-                gains = differences(lines, "full", row, world_seed, "hIoU")
-                cells += [ahead(gains) if gains and row != "full" else "–",
-                          mean_std([r["calibrated"]["hIoU"] for r in runs]),
-                          mean_std([r["probe"][-1]["unseen_as_seen"] for r in runs])]
-                commits = ", ".join(sorted({line["commit"] for line in runs}))
-                text.append(f"| {' | '.join([row, what, str(len(runs)), *cells, f'`{command}`', commits])} |")
-        text += ["", "| criterion | asked | measured | n | |", "|---|---|---|---|---|"]
-        for what, above, below, key, least in CRITERIA:
-            if gains := differences(lines, above, below, world_seed, key):
-                text.append(f"| {what}: {key} of {above} − {below} | > {least} | {judged(gains, least)} |")
-        order = sorted((row for row in MAIN if scores(lines, row, world_seed, "hIoU")),
-                       key=lambda row: -statistics.mean(scores(lines, row, world_seed, "hIoU").values()))
-        names = world.unseen(world_seed)
-        text += ["", f"Main rows by hIoU: {' > '.join(order)}.", "", "IoU of each unseen class, mean over seeds:", "",
-                 f"| row | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-        for row in ROWS:
-            if runs := runs_of(lines, row, world_seed):
-                cells = [f"{statistics.mean(run['IoU'][name] for run in runs):.0f}" for name in names]
-                text.append(f"| {row} | {' | '.join(cells)} |")
-        text.append("")
-    text += over_worlds(lines) + probe_table(lines)
-    (RESULTS.parent / "toy.md").write_text("\n".join(text) + "\n")
-    plot(lines).save(RESULTS.parent / "toy.png")
-
-
-def over_worlds(lines):
-    """Rows that ran in several worlds side by side, and the criteria with each world's mean gain counted once."""
-    worlds = sorted({line["world"] for line in lines})
-    text = ["## Over worlds", "", "hIoU, mean of n seeds. Each world has other scenes and other unseen classes.", "",
-            f"| row | {' | '.join(f'world {w}' for w in worlds)} | mean of worlds |", "|---" * (2 + len(worlds)) + "|"]
-    for row in ROWS:
-        each = {w: list(scores(lines, row, w, "hIoU").values()) for w in worlds}
-        if sum(map(bool, each.values())) > 1:
-            cells = [f"{statistics.mean(each[w]):.1f} (n {len(each[w])})" if each[w] else "–" for w in worlds]
-            cells.append(mean_std([statistics.mean(v) for v in each.values()]) if all(each.values()) else "–")
-            text.append(f"| {row} | {' | '.join(cells)} |")
-    text += ["", "Differences of the same seeds, each world's mean counted once, ± over worlds. World 0 is where "
-             "settings were chosen; the others are the cleaner test.", "",
-             "| criterion | asked | all worlds | n | | without world 0 | n | |", "|---" * 8 + "|"]
-    others = [line for line in lines if line["world"]]
-    for what, above, below, key, least in CRITERIA:
-        gains, elsewhere = (world_gains(some, above, below, key) for some in (lines, others))
-        if len(gains) > 1:
-            text.append(f"| {what}: {key} of {above} − {below} | > {least} | {judged(gains, least)} | "
-                        f"{judged(elsewhere, least)} |")
-    keys = ("hIoU", "mIoU_seen", *world.unseen_kinds())
-    text += ["", "full − row without world 0, counted in the same way; the last three in mean IoU of unseen classes by "
-             "what is new of them: a word that no mask has (the 4 things of one colour), a pair of known words (4 "
-             "things), a ground. Bold where the t test tells it from 0 (by chance in one cell of ten). The kinds were "
-             "thought of after the runs.", "",
-             f"| row | worlds | {' | '.join(keys)} |", "|---" * (2 + len(keys)) + "|"]
-    for row in list(ROWS)[1:]:  # all but full
-        gains = [world_gains(others, "full", row, key) for key in keys]
-        if len(gains[0]) > 1:
-            text.append(f"| {row} | {len(gains[0])} | {' | '.join(map(ahead, gains))} |")
-    return [*text, ""]
-
-
-def probe_table(lines):
-    """Where the k most similar positions fall and where dense features point, as training goes on."""
-    text = ["## What is selected, and where dense features point", "",
-            "100 test images of world 0, means over seeds. Of the k positions most similar to the CLS token: share on "
-            "things and grounds, seen and unseen, in percent. Lift: that of unseen things over their share of all "
-            "positions. Cosine: of dense features to their own class's text.", "",
-            "| row | step | k | unseen things | lift | seen things | unseen ground | seen grounds | cosine, seen | "
-            "cosine, unseen | unseen taken for seen, % |", "|---" * 11 + "|"]
-    for row in ROWS:
-        for entries in zip(*(run["probe"] for run in runs_of(lines, row, 0))):
-            mean = {key: statistics.mean(entry[key] for entry in entries) for key in entries[0]}
-            text.append(f"| {row} | {mean['step']:.0f} | {mean['k']:.0f} | {mean['unseen_things']:.1f} | "
-                        f"{mean['unseen_things'] / mean['all_unseen_things']:.2f} | {mean['seen_things']:.1f} | "
-                        f"{mean['unseen_grounds']:.1f} | {mean['seen_grounds']:.1f} | {mean['cosine_seen']:.2f} | "
-                        f"{mean['cosine_unseen']:.2f} | {mean['unseen_as_seen']:.1f} |")
-    return text
+def markdown(header, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def plot(lines):
-    """A bar a row of world 0: seen, unseen and hIoU, with a mark of ± std."""
-    rows = [row for row in ROWS if scores(lines, row, 0, "hIoU")]
-    left, wide, high = 150, 520, 46  # pixels: names, 100 %, a row
-    canvas = Image.new("RGB", (left + wide + 20, high * len(rows) + 50), "white")
+    """Three bars a row, seen, unseen and hIoU; the line at a bar's end is ± the standard deviation over worlds."""
+    rows = list(dict.fromkeys(line["row"] for line in lines))
+    left, wide, high = 30 + max(pictures.length(row, 13) for row in rows), 520, 46  # pixels: names, 100 %, a row
+    canvas = Image.new("RGB", (left + wide + 20, high * len(rows) + 60), "white")
     pen = ImageDraw.Draw(canvas)
     for share in range(0, 101, 20):
         x = left + wide * share / 100
-        pen.line((x, 30, x, canvas.height - 12), fill="lightgrey")
-        pictures.write(pen, (x, 12), f"{share} %", 12, fill="black", anchor="mt")
-    for i, row in enumerate(rows):
-        top = 34 + high * i
-        pictures.write(pen, (left - 8, top + 18), row, 13, fill="black", anchor="rm")
-        for j, (key, colour) in enumerate(zip(("mIoU_seen", "mIoU_unseen", "hIoU"), pictures.LINES)):
-            values = list(scores(lines, row, 0, key).values())
-            mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
-            y, x = top + 12 * j, left + wide * mean / 100
+        pen.line((x, 40, x, canvas.height - 12), fill="lightgrey")
+        pictures.write(pen, (x, 24), f"{share} %", 12, anchor="mt")
+    for j, ((key, name), colour) in enumerate(zip(SCORES.items(), pictures.LINES)):
+        pictures.write(pen, (left + 70 * j, 4), name, 13, fill=colour)
+        for i, row in enumerate(rows):
+            values, y = by_world(lines, row, key), 44 + high * i + 12 * j
+            x, std = left + wide * mean(values) / 100, stdev(values) if len(values) > 1 else 0
             pen.rectangle((left, y, x, y + 9), fill=colour)
             pen.line((x - wide * std / 100, y + 4, x + wide * std / 100, y + 4), fill="black", width=2)
-    for j, (name, colour) in enumerate(zip(("seen", "unseen", "hIoU"), pictures.LINES)):
-        pictures.write(pen, (8 + 48 * j, 12), name, 13, fill=colour)
+            if j == 1:
+                pictures.write(pen, (left - 8, y + 5), row, 13, anchor="rm")
     return canvas
 
 
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
-    root = ROOT / (f"data/toy-{args.world}" if args.world else world.ROOT)
-    if not root.exists() and not args.render:
-        world.write(root, args.world)
-    if root.exists() and sources.read_lines(root / "unseen.txt") != world.unseen(args.world):
-        sys.exit(f"error: {root} is not world {args.world}: its unseen classes are others; take it away")
-    have = {(line["row"], line["seed"]) for line in finished() if line["world"] == args.world and not args.steps}
-    jobs = [(row, seed) for rows in (MAIN, ROWS.keys() - MAIN.keys()) for seed in range(args.seeds)
-            for row in args.rows if row in rows and (row, seed) not in have]
-    if not args.render:
-        start = time.time()
+    if not args.report:
+        have = {(line["row"], line["world"], line["seed"]) for line in finished((method_hash(), args.precision))}
+        jobs = [(" ".join(row.split()), w, seed) for w in args.worlds for seed in args.seeds for row in args.rows]
+        jobs = [(*job, draw(job[1], split_row(job[0])[0]), args.precision) for job in jobs if job not in have]
+        print(f"{len(jobs)} runs to go, {len(have)} are in {RESULTS}", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            todo = pool.map(lambda job: run(job[0], args.world, job[1], args.steps), jobs)
-            for done, line in enumerate(todo, 1):
-                left = (time.time() - start) / done * (len(jobs) - done) / 60
-                score = line["gamma_0"]
-                print(f"{done}/{len(jobs)}  {line['row']:<18} seed {line['seed']}  seen {score['mIoU_seen']:5.1f}  "
-                      f"unseen {score['mIoU_unseen']:5.1f}  hIoU {score['hIoU']:5.1f}  {left:.0f} min left", flush=True)
+            list(pool.map(run, *zip(*jobs)))
     if lines := finished():
-        render(lines)
-        print(f"wrote {RESULTS.parent / 'toy.md'} and toy.png")
+        kept = REPORT.read_text().split(MARK)[0] if REPORT.exists() else "# Results\n\n"
+        atomic(REPORT, lambda path: path.write_text(f"{kept}{MARK}\n\n{report(lines)}"))
+        pictures.save(plot(lines), REPORT.with_suffix(".png"))
+        print(f"wrote {REPORT} and {REPORT.stem}.png")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help=f"{', '.join(ROWS)}, or such a "
+                        "name with flags and changes, in quotes (default: these five)")
+    parser.add_argument("--worlds", nargs="+", type=int, default=list(range(8)), metavar="N", help="(default: 0 to 7)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of each run (default: 0)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all runs (default: fp32)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
+    parser.add_argument("--report", action="store_true", help="only write the report")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--train"]:  # one run, as the study makes it
-        train_row(sys.argv[2], sys.argv[3:])
-        sys.exit()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-                        help=f"of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N",
-                        help="0 to N − 1 of each row (default: %(default)s)")
-    parser.add_argument("--world", type=int, default=0, metavar="SEED", help="of scenes and unseen classes (0)")
-    parser.add_argument("--steps", type=int, help="a trial: printed, not kept (default: the recipe's number)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
-    parser.add_argument("--render", action="store_true", help="only render what is there")
-    main(parser.parse_args())
+    run_command(main, parse)

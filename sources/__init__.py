@@ -34,8 +34,8 @@ def open_dataset(name, root=None):
     if name in context.SPLITS:
         return context.open_context(root, name)
     if not root.is_dir():
-        raise DataError(f"no data set or folder {root}: expected {', '.join(NAMES)}, or a folder of own data "
-                        "(docs/data.md)")
+        raise DataError(f"{name} is no data set, and there is no folder {root}: expected {', '.join(NAMES)}, or a "
+                        "folder of own data (docs/data.md)")
     return open_folder(root, str(name))
 
 

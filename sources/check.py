@@ -21,29 +21,27 @@ def check(source, picture=None):
 
     picture: file for a training sample (labels as the losses see them) and a test sample. Only this picture can show
     that the masks of own data follow another order than classes.txt."""
+    check_table(source)
     remarks, samples = [], []
     if named := [name for name in source.classes if name.lower() in NO_THING]:
         remarks.append(f"warning: {named[0]!r} is a class, but no thing that CLIP could know: the field makes it 255")
     if both := {file[1] for file in source.train} & {file[1] for file in source.val}:
         remarks.append(f"warning: {len(both)} test images are training images too, such as {min(both).name}")
-    check_table(source)
     for part, files in (("training", source.train), ("test", source.val)):
         if source.expected and len(files) != (expected := source.expected[part == "test"]):
             remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: figures do not compare")
         looked = files[::-(-len(files) // CHECKED)]
         masks = [value_counts(file[2]) for file in looked]
         check_values(source, part, masks)
-        samples.append(sample(source, looked, part == "training"))
-        wanted = source.seen if part == "training" else sorted(source.unseen)
+        samples.append(sample(source, looked, part))
+        kind, wanted = ("seen", source.seen) if part == "training" else ("unseen", source.unseen)
         pixels = sum(masks)
-        absent = [source.classes[k] for value, k in source.values.items() if k in wanted and not pixels[value]]
-        if part == "training" and len(absent) == len(wanted) and not has_seen(source):
-            raise DataError(f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or "
-                            "is every class that they show named as unseen?")
-        if absent:
+        if absent := [source.classes[k] for value, k in source.values.items() if k in wanted and not pixels[value]]:
+            if part == "training" and len(absent) == len(wanted):
+                need_seen(source)
             names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
-            remarks.append(f"warning: {len(absent)} of {len(wanted)} {'seen' if part == 'training' else 'unseen'} "
-                           f"classes are in none of the {len(masks)} {part} masks looked at (of {len(files)}): {names}")
+            remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(masks)} "
+                           f"{part} masks looked at (of {len(files)}): {names}")
     if picture:
         shown = {k for _, labels in samples for k in labels.unique().tolist()}
         names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
@@ -54,13 +52,13 @@ def check(source, picture=None):
 
 def check_table(source):
     """The proof that no mask, looked at or not, can show an unseen class to the losses: the table has 256 entries."""
-    table = source.table(training=True).tolist()
-    for value, label in enumerate(table):
+    names = [source.classes[k] for k in source.seen]  # of the labels that the losses see
+    for value, label in enumerate(source.table(training=True).tolist()):
         k = source.values.get(value)
-        hidden = k is None or k in source.unseen
-        if label not in (IGNORE, INVALID) if hidden else label >= len(source.seen) or source.seen[label] != k:
+        right = (IGNORE, INVALID) if k is None or k in source.unseen else (source.seen.index(k),)
+        if label not in right:
             raise DataError(f"the mask value {value} of {source.name} would be trained as "
-                            f"{source.classes[source.seen[label]]!r}: a fault of the program, please report it")
+                            f"{names[label] if label < len(names) else label}: a fault of the program, report it")
 
 
 def check_values(source, part, masks):
@@ -82,14 +80,14 @@ def check_values(source, part, masks):
         raise DataError(f"{these} hold {K}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}")
 
 
-def sample(source, files, training):
+def sample(source, files, part):
     """Reads all these images -> the one with most classes, and its labels as indexes into all classes.
 
     Of training images one that hides something is taken, if there is any."""
-    names, table = torch.arange(256), source.table(training)
+    training, names, most = part == "training", torch.arange(256), (False, -1)
     if training:
         names[:len(source.seen)] = torch.tensor(source.seen)
-    most = (False, -1)
+    table = source.table(training)
     for file in files:
         _, image, labels = read_pair(file, table, len(source.classes))
         worth = training and bool((labels == IGNORE).any()), len(labels.unique())
@@ -98,9 +96,12 @@ def sample(source, files, training):
     return best
 
 
-def has_seen(source):
+def need_seen(source):
+    """Raises DataError if no training mask at all has a pixel to learn from."""
     seen = [value for value, k in source.values.items() if k not in source.unseen]
-    return any(value_counts(file[2])[seen].any() for file in source.train)
+    if not any(value_counts(file[2])[seen].any() for file in source.train):
+        raise DataError(f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or is "
+                        "every class in them named as unseen?")
 
 
 # ---------------------------------------------------------------- the command

@@ -28,7 +28,7 @@ def open_coco_stuff(root):
 
 
 def download(root):
-    """Brings what is missing of the tree into root. A second call does nothing."""
+    """Brings what is missing of the tree. A second call does nothing."""
     place = {part: path if path.exists() else root / part for part, path in places(root, INSIDE, TREE).items()}
     bring("coco-stuff", root, {TRAIN: {"train2017": place["train2017"]}, VAL: {"val2017": place["val2017"]},
                                MAPS: {part: place[f"stuffthingmaps/{part}"] for part in PARTS}})

@@ -115,4 +115,7 @@ def locate(root, inside, tree, hint):
 
 
 def places(root, inside, tree):
-    return {part: root / part if (root / part).exists() else root / inside / part for part in tree}
+    """-> {part: path}; what is missing belongs beside the rest."""
+    home = root if any((root / part).exists() for part in tree) else root / inside
+    return {part: next((path for path in (root / part, root / inside / part) if path.exists()), home / part)
+            for part in tree}

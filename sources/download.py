@@ -54,9 +54,9 @@ def reserve(dataset, root, archives):
         stays += archive.unpacked
     arrived = sum(path.stat().st_size for archive in archives for path in root.glob(f"{archive.name}*"))
     free = shutil.disk_usage(root).free
-    size, peak_, stays, free_ = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
-    text = (f"{dataset}: {' and '.join(archive.name for archive in archives)}, {size}; takes {peak_} of disk on the "
-            f"way and {stays} in the end, {free_} are free in {root}")
+    size, disk, end, left = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
+    text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size}; takes {disk} of disk on "
+            f"the way and {end} in the end, {left} are free in {root}")
     if free < peak - arrived:
         raise DataError(f"{text}: make room, or name a folder on another disk with --data-root")
     print(text, flush=True)
@@ -81,7 +81,7 @@ def fetch(archive, root):
         except (OSError, HTTPException) as error:  # refused, not found, too slow, cut off, another file
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise DataError(f"the disk of {root} is full: make room and call again, it goes on from here") from None
-            print(f"    failed: {error or type(error).__name__}", flush=True)
+            print(f"    failed: {str(error) or type(error).__name__}", flush=True)
     raise DataError(f"{archive.name} could not be fetched from any of {len(archive.addresses)} addresses: call again "
                     f"later, or bring it yourself as {target}" + f" (md5 {archive.md5})" * bool(archive.md5))
 
@@ -91,8 +91,8 @@ def transfer(address, partial, archive):
     if not archive.md5:  # nothing would tell a mixture of two versions
         partial.unlink(missing_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
-    if have == archive.size:
-        return
+    if have >= archive.size:
+        return  # the checksum says the rest
     with urlopen(Request(address, headers={"Range": f"bytes={have}-"} if have else {}), timeout=TIMEOUT) as answer:
         if answer.status != 206:  # the server sends it from the start
             have = 0
@@ -141,8 +141,7 @@ def unpack(path, parts):
 
 @contextlib.contextmanager
 def scratch(target):
-    """An empty folder beside `target`, to be filled and renamed. What a killed call left goes first, what is left last.
-    """
+    """An empty folder beside `target`, to be filled and renamed. Clears what a killed call left."""
     folder = target.with_name(f".partial.{target.name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

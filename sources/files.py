@@ -63,8 +63,7 @@ def pair_up(names, images, masks, listing):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             example = next(iter(files.values()))
             raise DataError(f"{listing} names {missing[0][:60]!r}{more}, but {example.parent} holds no such {kind}: "
-                            f"expected names like {example.stem!r}, without folder, one a line, and an image and a "
-                            "mask of the same name for each")
+                            f"write names like {example.stem!r}, without folder; each needs an image and a mask")
     return [(name, images[name], masks[name]) for name in names]
 
 

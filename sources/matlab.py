@@ -10,7 +10,7 @@ import numpy as np
 
 from sources.files import DataError
 
-LIMIT = 1 << 24  # bytes of an unpacked variable; a VOC mask has about 200,000
+LIMIT = 1 << 24  # bytes of an unpacked variable, more are not unpacked; a VOC mask has about 200,000
 UINT8, MATRIX, COMPRESSED = 2, 14, 15  # types of elements
 STRUCT, UINT8_ARRAY = 2, 9  # classes of arrays
 
@@ -21,11 +21,7 @@ def read_segmentation(data, name):
         order = {b"IM": "<", b"MI": ">"}[data[126:128]]
         for kind, body in elements(data, order, 128):
             if kind == COMPRESSED:
-                unpacker = zlib.decompressobj()
-                unpacked = unpacker.decompress(body, LIMIT)
-                if not unpacker.eof:
-                    raise ValueError("a variable is cut short or too large")
-                (kind, body), = elements(unpacked, order)
+                (kind, body), = elements(zlib.decompressobj().decompress(body, LIMIT), order)
             if kind == MATRIX:
                 array_class, _, variable, rest = array(body, order)
                 if variable == b"GTcls" and array_class == STRUCT:

@@ -38,7 +38,7 @@ def open_voc(root):
 
 
 def download(root):
-    """Brings what is missing of the tree into root/VOCdevkit/VOC2012. A second call does nothing."""
+    """Brings what is missing of the tree. A second call does nothing."""
     where, sbd = places(root, INSIDE, TREE), root / "SBD"
     bring("voc", root, {VOC: {f"{INSIDE}/{part}": where[part] for part in TREE if part != AUG},
                         SBD: {} if where[AUG].exists() else {"benchmark_RELEASE/dataset/cls": sbd}})

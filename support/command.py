@@ -26,7 +26,7 @@ def run_command(main, parse):
 
     torchrun ends all processes as soon as one has ended. So the others wait a little before they speak, those that
     only lost a connection longest, or they say nothing if a signal came before."""
-    args, patience = parse(), 5 if int(os.environ.get("RANK", 0)) else 0  # seconds
+    args, lost = parse(), False
     try:
         result = main(args)
         if world_size() > 1:  # nobody leaves while another still talks to it
@@ -44,13 +44,13 @@ def run_command(main, parse):
         if message.startswith("DataLoader worker"):
             message += ": out of memory? try fewer --workers"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", message, re.IGNORECASE):
-            message, patience = f"{message} (if another process of this run ended before, its own message says why)", 15
-            if SIGNALS:
-                sys.exit(1)
+            message, lost = f"{message} (if another process of this run ended before, its own message says why)", True
         else:
             raise
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(patience)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # first, so that no signal falls between this line and the next
+    if lost and SIGNALS:
+        sys.exit(1)
+    time.sleep(30 if lost else 15 if int(os.environ.get("RANK", 0)) else 0)
     sys.exit(f"error: {message}")
 
 
@@ -120,10 +120,9 @@ class Watch:
         if world_size() > 1:
             dist.all_reduce(values)
         values = torch.cat([values / world_size(), norm.float()[None], torch.full((1,), step, device=values.device)])
-        if self.at_once or self.values is None:
-            self.values = values
-        else:
-            self.values = torch.where(self.values.isfinite().all(), values, self.values)  # the first bad ones stay
+        if self.values is not None:
+            values = torch.where(self.values.isfinite().all(), values, self.values)  # the first bad ones stay
+        self.values = values
         if self.at_once:
             self.look()
         else:

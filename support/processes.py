@@ -45,7 +45,8 @@ def fast_precision(device):
 
 
 def autocast(device, precision):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Matrix products in bf16 if `precision` says so; never on MPS, where PyTorch's autocast is not complete."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type != "mps")
 
 
 def world_size():

@@ -97,25 +97,17 @@ def pictures(name):
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B/16", "ViT-L/14"])
 def test_openai_model_as_state_dict_and_as_torchscript_archive(name, tmp_path):
-    theirs, (images, normalised), tokens = openai_model(name), pictures(name), clip.tokenize(TEXTS)
+    theirs, (images, normalised), tokens = openai_model(name).half().float(), pictures(name), clip.tokenize(TEXTS)
     torch.save(theirs.state_dict(), tmp_path / "plain.pt")
-    torch.jit.trace(theirs, (normalised, tokens), check_trace=False).save(str(tmp_path / "scripted.pt"))
+    archive = torch.jit.trace(theirs, (normalised, tokens), check_trace=False)
+    archive.half().save(str(tmp_path / "scripted.pt"))  # as OpenAI's files are; this changes `theirs` too
+    theirs.float()
     for file in ("plain.pt", "scripted.pt"):
         ours = clip.load(tmp_path / file)
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in ours.parameters()) and not ours.training
         close(ours.encode_image(images), theirs.encode_image(normalised))
         close(ours.encode_text(tokens), theirs.encode_text(tokens))
     assert set(dict(ours.named_parameters())) == set(dict(theirs.named_parameters()))  # names never renamed
-
-
-def test_fp16_archive_loads_as_fp32_frozen_eval(tmp_path):
-    theirs = openai_model("ViT-B/32")
-    example = (torch.rand(1, 3, 224, 224), clip.tokenize(["a"]))
-    archive = torch.jit.trace(theirs, example, check_trace=False).half()  # OpenAI's files are fp16
-    archive.save(str(tmp_path / "half.pt"))
-    ours = clip.load(tmp_path / "half.pt")
-    assert not ours.training
-    assert all(p.dtype == torch.float32 and not p.requires_grad for p in ours.parameters())
-    close(ours.encode_text(example[1]), theirs.half().float().encode_text(example[1]))
 
 
 @pytest.mark.parametrize("name, activation", [("ViT-B/32", "gelu"), ("ViT-B/16", "quick_gelu"),
@@ -127,6 +119,8 @@ def test_transformers_folder(name, activation, tmp_path):
     old = dict(theirs.state_dict())
     old["text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
     old["vision_model.embeddings.position_ids"] = torch.arange(50).unsqueeze(0)
+    if name == "odd":
+        old = {"model": {f"module.clip_model.{key}": x for key, x in old.items()}, "step": 3}
     torch.save(old, tmp_path / "old" / "pytorch_model.bin")
     (tmp_path / "new" / "config.json").rename(tmp_path / "old" / "config.json")
     paths = [tmp_path / "old", tmp_path / "old" / "pytorch_model.bin"]

@@ -31,7 +31,7 @@ JUNK = [None, True, -1, 0, 10 ** 30, float("nan"), "", "x", "../../x", b"x", [],
         torch.zeros(2, dtype=torch.complex64), torch.zeros(1).expand(10 ** 13), torch.zeros(3, device="meta")]
 WORDS = ["", "nan", "inf", "-inf", "-1", "0", "1", "1e-30", "1e30", "2.5", "x", "../../x", "/", "9" * 30, "\u0663"]
 FLAG_NAMES = ["--steps", "--lr", "--crop", "--k-end", "--temperature", "--sgd-weight", "--sam-weight", "--seed",
-              "--workers", "--batch-size", "--save-every", "--stride", "--frozen-blocks", "--body", "--clip",
+              "--workers", "--batch-size", "--save-every", "--frozen-blocks", "--body", "--clip",
               "--dataset", "--data-root", "--body-weights", "--head", "--device", "--precision"]
 
 watched = {"on": False, "inside": "", "seen": []}

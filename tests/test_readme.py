@@ -1,47 +1,60 @@
-"""The README's own claims: line counts, files, flags and its Python example."""
+"""What README.md and docs/ say exists: files, flags, functions, commands, and the example of a body of your own."""
+import importlib
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
-from experiments import study
+import pytest
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page: page.read_text() for page in PAGES}
+COMMANDS = [(page, line) for page in PAGES for block in re.findall(r"```sh\n(.*?)```", TEXT[page], re.DOTALL)
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
 
 
-def test_line_counts_are_true():
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", TEXT, re.M)
-    files = [*ROOT.glob("*.py"), *ROOT.glob("toy/[a-z]*.py")]
-    assert {name for name, _ in rows} == {str(p.relative_to(ROOT)) for p in files}
-    for name, lines in rows:
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT[page])
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
-def test_links_and_flags_exist():
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-        assert (ROOT / link).exists(), link
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("toy/*.py")]
-    flags = {flag for path in sources for flag in re.findall(r'[a-z]\("(--[a-z-]+)"', path.read_text())}
-    ours = re.sub(r"#SBATCH.*|torchrun (--\S+ \S+ ?\\?\s*)*", "", TEXT)  # without the flags of launchers
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= flags | {"--help", "--train"}  # experiments.study --train ROW
+def test_commands_are_understood():
+    """Every `python X.py flags` is parsed by X's own parser, also after torchrun."""
+    seen = set()
+    for page, line in COMMANDS:
+        words = shlex.split(line.replace("$again", "--resume"), comments=True)
+        scripts = [i for i, word in enumerate(words) if re.fullmatch(r"(train|evaluate|predict|data)\.py", word)]
+        for i in scripts:
+            flags = words[i + 1:words.index("&&", i) if "&&" in words[i:] else None]
+            module = importlib.import_module("sources.check" if words[i] == "data.py" else words[i].removesuffix(".py"))
+            try:
+                module.parse(flags)
+            except SystemExit:
+                pytest.fail(f"{page.name}: {line}")
+            seen.add(words[i])
+    assert seen == {"train.py", "evaluate.py", "predict.py", "data.py"}
 
 
-def test_the_python_example_prints_what_it_says():
-    code = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "set_classes" in block)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == re.search(r"# (torch\.Size\([^)]*\))", code)[1]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_names_in_the_text_exist(page):
+    sources = [path for path in ROOT.glob("*.py")] + [ROOT / "sources/check.py", ROOT / "experiments/study.py",
+                                                      ROOT / "experiments/benchmark.py"]
+    flags = {flag for path in sources for flag in re.findall(r'\("(--[a-z-]+)"', path.read_text())}
+    for text in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)):
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", text)) <= flags, text
+        home, _, name = text.rpartition(".")
+        path = ROOT / home.replace(".", "/")
+        module = path.with_suffix(".py").exists() or path.is_dir() and home
+        if module and re.fullmatch(r"[\w.]+", text) and name not in ("py", "txt", "png"):
+            assert hasattr(importlib.import_module(home), name), text
 
 
-def test_the_report_is_what_the_runs_make(tmp_path, monkeypatch):
-    lines = study.finished()
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "toy.jsonl")
-    study.render(lines)
-    assert (tmp_path / "toy.md").read_text() == (ROOT / "results/toy.md").read_text()
-
-
-def test_result_rows_are_those_of_the_study():
-    written = (ROOT / "results/toy.md").read_text().splitlines()
-    rows = [line for line in TEXT.split("## Results")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
-    assert len(rows) > 4 and not set(rows) - set(written)
-    assert "@@" not in TEXT  # a figure still to be measured
+def test_the_body_of_your_own_builds_as_it_stands():
+    pytest.importorskip("timm")
+    code, = re.findall(r"```python\n(.*?)```", TEXT[ROOT / "README.md"], re.DOTALL)
+    names = {}
+    exec(code.replace("features_only=True", "features_only=True, pretrained=False"), names)
+    import torch
+    with torch.no_grad():
+        assert names["net"](torch.rand(1, 3, 64, 64)).shape == (1, 128, 2, 2)

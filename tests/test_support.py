@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import run_inside
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 import train
+from sources import files
 from support import UserError, archive, checkpoint, command, pictures
 from support.checkpoint import CheckpointError
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--body", "small", "--batch-size", "6", "--crop", "32", "--workers", "0", "--device", "cpu",
          "--precision", "fp32"]
 CONFIG = {"clip": "a.pt", "clip_hash": "0", "dataset": "toy", "data_root": None, "body": "small", "head": "csh",
-          "stride": None, "frozen_blocks": 1, "crop": 64, "temperature": None, "classes": ["dog", "cat"], "unseen": [1],
+          "frozen_blocks": 1, "crop": 64, "temperature": None, "classes": ["dog", "cat"], "unseen": [1],
           "templates": ["a {}"], "test": {"short_side": 64, "window": 64, "stride": 48}, "lr": 0.1, "seed": 0}
 
 
@@ -238,6 +239,24 @@ def test_the_newest_run(tmp_path):
     assert checkpoint.newest_run(tmp_path) == tmp_path / "a/last.pt"
 
 
+def test_pillow_starts_no_program(tmp_path, monkeypatch):
+    """PostScript under the name of a picture: Pillow would give it to Ghostscript, which can run programs."""
+    path, started = tmp_path / "a.png", []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    for read in (files.read_image, files.read_values):
+        with pytest.raises(UserError, match="a.png"):
+            read(path)
+    assert Image.open(path).format == "EPS" and not started
+
+
+def test_pipes_and_folders_among_the_data_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "c.png").touch()
+    assert list(files.list_files(tmp_path, (".png",))) == ["c"]
+
+
 # ---------------------------------------------------------------- beginning and resuming
 
 
@@ -341,14 +360,13 @@ def test_train_names_the_files_of_a_bad_step(at, own, tiny_clip_file, tmp_path, 
     admit = command.Watch.admit
 
     def poison(self, step, parts, norm):
-        admit(self, step, parts | {"sam": parts["sam"] * (torch.nan if step == at else 1)}, norm)
+        admit(self, step, parts | {"loss_sam": parts["loss_sam"] * (torch.nan if step == at else 1)}, norm)
 
     monkeypatch.setattr(command.Watch, "admit", poison)
     status, _, words = run_inside(train, *flags, "--out-dir", tmp_path / "out")
     assert status == 1 and "\n" not in words
-    assert re.match(rf"error: step {at} is not finite: loss [\d.]+, seg [\d.]+, sgd [\d.]+, sam nan", words), words
-    batch = list(data.Steps(8, 6, 0, 4))[at]
-    assert re.findall(r"n\d(?=\.jpg|\.png)", words) == [f"n{order[1]}" for order in batch]
+    assert re.match(rf"error: step {at} is not finite: loss [\d.]+, loss_seg [\d.]+, .* loss_sam nan, gradient", words)
+    assert re.findall(r"n\d(?=\.jpg|\.png)", words) == [f"n{i}" for _, i in data.Steps(8, 6, 0, 4).batch(at)]
     monkeypatch.undo()
     saved = load(tmp_path / "out/last.pt")
     assert saved["step"] == at and len(saved["bank"]) == 6 * at
@@ -400,7 +418,7 @@ def test_processes_ask_each_other_every_ten_steps_and_at_the_same_ones(monkeypat
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    signals = command.Signals(torch.device("cpu"))
+    before, signals = signal.getsignal(signal.SIGINT), command.Signals(torch.device("cpu"))
     try:
         assert not signals.heard(1)
         os.kill(os.getpid(), signal.SIGINT)
@@ -409,6 +427,7 @@ def test_a_second_ctrl_c_ends_at_once():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signals.restore()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.parametrize("error, words", [

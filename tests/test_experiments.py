@@ -1,0 +1,232 @@
+"""The study's statistics, its refusals and its report; the benchmark's counts against published and hand-made ones."""
+import json
+import math
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import clip
+import data
+import losses
+import model as models
+import train
+from experiments import benchmark, study
+from support import UserError
+from toy import world
+
+# ---------------------------------------------------------------- study
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """All that the study writes goes into a folder; worlds have few scenes; no run takes place -> the flags of each."""
+    runs = []
+
+    def fake(flags, out):
+        runs.append(flags)
+        score = 40.0 + len(runs)
+        return {"gamma_0": {"mIoU_seen": score, "mIoU_unseen": score / 2, "hIoU": score / 4,
+                            "IoU": dict.fromkeys(world.CLASSES, score)}}
+
+    for name in ("DATA", "RUNS"):
+        monkeypatch.setattr(study, name, tmp_path / name.lower())
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results/study.jsonl")
+    monkeypatch.setattr(study, "REPORT", tmp_path / "docs/results.md")
+    monkeypatch.setattr(study, "train", fake)
+    write = world.write
+    monkeypatch.setattr(world, "write", lambda root, seed: write(root, seed, train=12, val=4))
+    return runs
+
+
+def line(row, world_seed, seed, seen, unseen, hiou, kinds=(0, 0, 0), **more):
+    iou = {name: value for names, value in zip(world.unseen_kinds(world_seed).values(), kinds) for name in names}
+    return {"row": row, "world": world_seed, "seed": seed, "precision": "fp32", "method": "m1", "commit": "c1",
+            "command": f"python train.py --seed {seed}", "seconds": 1800, "IoU": iou,
+            "scores": {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": hiou}} | more
+
+
+def write(*lines):
+    study.RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    study.RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+
+
+def test_the_report_by_hand():
+    lines = [line("full", 0, 0, 70, 50, 58, (40, 60, 90)), line("full", 0, 1, 70, 54, 62, (40, 60, 90)),
+             line("full", 1, 0, 80, 40, 53, (20, 50, 80)), line("full", 2, 0, 75, 45, 55, (30, 50, 70)),
+             line("linear", 0, 1, 68, 44, 52, (30, 58, 90)), line("linear", 1, 0, 80, 30, 44, (10, 52, 81)),
+             line("linear", 2, 0, 75, 36, 46, (17, 50, 73)), line("linear", 3, 0, 0, 0, 0),
+             line("full pictures=9", 1, 0, 60, 20, 30), line("linear pictures=9", 1, 0, 60, 18, 28)]
+    text = study.report(lines)
+    # worlds 60, 53, 55: world 0 counts once, with the mean of its seeds
+    assert "| full | the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | `python train" in text
+    # hIoU: 62 − 52 of the seed that both have, 9, 9; ± 4.303 · 0.577 / √3. World 3 has no full
+    assert ("| linear | 3 | +0.7 [-2.2, +3.5] | **+9.7 [+8.2, +11.1]** | **+9.3 [+7.9, +10.8]** | "
+            "**+11.0 [+6.7, +15.3]** | +0.0 [-5.0, +5.0] | -1.3 [-5.1, +2.5] |") in text
+    assert "| linear pictures=9 | 1 | +0.0 | +2.0 | +2.0 |" in text  # against full of as many pictures
+    assert "| full pictures=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
+    assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
+    assert "10 runs, each of one thread in fp32, 5.0 hours together. Commit c1, method m1." in text
+
+
+def test_t_table_holds_95_percent():
+    for n, t in study.T95.items():  # Student's density with n − 1 degrees of freedom, integrated from 0 to t
+        df = n - 1
+        peak = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+        middles = [(i + 0.5) * t / 2000 for i in range(2000)]
+        share = 2 * t * statistics.mean(peak * (1 + x * x / df)**(-n / 2) for x in middles)
+        assert share == pytest.approx(0.95, abs=1e-3)
+
+
+def test_it_runs_what_is_missing_and_reports(places):
+    argv = ["--worlds", "0", "3", "--rows", "full", "linear  seen=6 --strict", "--jobs", "1"]
+    study.main(study.parse(argv))
+    assert len(places) == 4 and places[1][:3] == ["--head", "linear", "--strict"]
+    kept = study.RESULTS.read_text()
+    assert json.loads(kept.splitlines()[0]) | {"seconds": 0} == {
+        "row": "full", "world": 0, "seed": 0, "precision": "fp32", "method": study.method_hash(),
+        "commit": study.commit(), "command": " ".join(["python train.py", *places[0]]), "seconds": 0,
+        "scores": {"mIoU_seen": 41.0, "mIoU_unseen": 20.5, "hIoU": 10.25}, "IoU": dict.fromkeys(world.unseen(0), 41.0)}
+    study.RESULTS.write_text("".join(kept.splitlines(True)[:-1]))  # the last run was interrupted
+    study.REPORT.write_text("# Ours\n\nA verdict.\n\n" + study.REPORT.read_text().partition("\n\n")[2])
+    study.main(study.parse([*argv, "--seeds", "0"]))
+    assert len(places) == 5 and places[4] == places[3]
+    assert study.REPORT.read_text().startswith("# Ours\n\nA verdict.\n\n" + study.MARK)
+    assert "| linear seen=6 --strict |" in study.REPORT.read_text()
+    assert Image.open(study.REPORT.with_suffix(".png")).width > 600
+
+
+def test_changes_of_the_data(places):
+    study.DATA.mkdir()
+    read = lambda folder, name: (folder / name).read_text().splitlines()  # noqa: E731
+    root = study.draw(1, {})
+    few, fewer = study.draw(1, {"seen": 8}), study.draw(1, {"pictures": 5, "seen": 4})
+    assert read(fewer, "train.txt") == read(root, "train.txt")[:5] and read(few, "train.txt") == read(root, "train.txt")
+    seen = [set(world.CLASSES) - set(read(folder, "unseen.txt")) for folder in (root, few, fewer)]
+    assert [len(names) for names in seen] == [17, 8, 4] and seen[0] > seen[1] > seen[2]
+    assert (fewer / "images" / (read(fewer, "train.txt")[0] + ".png")).exists()
+    (study.DATA / "toy-2").symlink_to(root)
+    with pytest.raises(UserError, match="toy-2 is not world 2"):
+        study.draw(2, {})
+
+
+def test_it_refuses_to_mix(places, monkeypatch):
+    write(line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, method="m2", commit="c2"))
+    with pytest.raises(UserError, match=r"more than one method or precision: m1 in fp32 \(c1\); m2 in fp32 \(c2\)"):
+        study.main(study.parse(["--report"]))
+    write(line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, precision="bf16"))
+    with pytest.raises(UserError, match=r"m1 in fp32 \(c1\); m1 in bf16 \(c1\)"):
+        study.main(study.parse(["--report"]))
+    write(line("full", 0, 0, 1, 1, 1))
+    with pytest.raises(UserError, match=rf"m1 in fp32 \(c1\); {study.method_hash()} in fp32 \(now\)"):
+        study.main(study.parse(["--worlds", "0"]))
+    assert not places and not study.REPORT.exists()
+    study.RESULTS.unlink()
+    states = iter(("a", "a", "b"))
+    monkeypatch.setattr(study, "method_hash", lambda: next(states))
+    with pytest.raises(UserError, match="changed during a run of full"):
+        study.main(study.parse(["--worlds", "0", "--rows", "full", "--jobs", "1"]))
+    with pytest.raises(UserError, match="no row 'csh': choose full"):
+        study.split_row("csh --strict")
+
+
+def test_the_hash_sees_code_and_passes_over_comments(tmp_path, monkeypatch):
+    for name in study.METHOD:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((study.ROOT / name).read_bytes())
+    before = study.method_hash()
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    text = (tmp_path / "losses.py").read_text()
+    (tmp_path / "losses.py").write_text(text.replace('"""', '"""More words. ', 1) + "\n# a comment\n")
+    assert study.method_hash() == before
+    (tmp_path / "losses.py").write_text(text.replace("TAU_G = 0.07", "TAU_G = 0.08"))
+    assert study.method_hash() != before
+
+
+# ---------------------------------------------------------------- benchmark
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return clip.CLIP(**benchmark.VIT_B16).eval().requires_grad_(False)
+
+
+def test_zegclip_costs_what_its_authors_publish(vit):
+    net, image = benchmark.build(benchmark.ZegCLIP, vit, 20), torch.rand(1, 3, 512, 512)
+    assert benchmark.gflops(net.logits, image)["Global"] / 2 == pytest.approx(110.4, rel=0.01)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    unused = 3 * (4 * 512 * 512 + 4 * 512 + 2 * 512)  # self-attention and its norm, in their layers but never run
+    assert (trained + unused) / 1e6 == pytest.approx(13.8, abs=0.05)
+
+
+def test_dense_clip_and_head_by_hand(vit):
+    """Multiply-adds of ViT-B/16 at 32×32 patches, term by term."""
+    N, W, D, C, K = 32 * 32, 768, 512, 256, 20
+
+    def block(n):
+        return n * W * 12 * W + 2 * n * n * W  # qkv, out, MLP's two; q·k and its product with v
+
+    tower, image = N * 3 * 16 * 16 * W + 12 * block(N + 1) + (N + 1) * W * D, torch.rand(1, 3, 512, 512)
+    dense = benchmark.gflops(benchmark.build(benchmark.DenseCLIP, vit, K).logits, image)["Global"]
+    assert dense == pytest.approx(2 * (tower + N * D * K) / 1e9, rel=1e-6)
+    ours = benchmark.gflops(benchmark.build("resnet50", vit, K).logits, image)
+    assert ours["ChimeraSeg.head"] == pytest.approx(2 * (N * C * W + block(N) + N * W * D) / 1e9, rel=1e-6)
+
+
+def test_a_step_is_that_of_train(tiny_clip, tmp_path):
+    """Loss, gradients and update of the halfway step, against the loop's own equations written out."""
+    source = benchmark.drawn(tmp_path, 5, 32)
+    view = data.TrainSet(source, source.recipe, 64)
+    batch = [torch.stack(part) for part in zip(*(view[i, i] for i in range(3)))]
+    args = train.parse(["--precision", "fp32", "--steps", "11"])
+    torch.manual_seed(0)
+    model = benchmark.build("small", tiny_clip, 5).train()
+    start, marks, bank = [p.detach().clone() for p in model.parameters()], [], torch.randn(4, 128)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    new_bank = benchmark.step(model, tiny_clip, optimizer, batch, bank, args, torch.device("cpu"), marks.append)
+    assert tuple(marks) == benchmark.PARTS[1:] and torch.equal(new_bank[3:], bank)
+    moved = [p.detach().clone() for p in model.parameters()]
+    for p, before in zip(model.parameters(), start):
+        p.data, p.grad = before, None
+    z, c = model(batch[0] / 255), train.cls_embeddings(tiny_clip, batch[2])
+    labels, inside = data.split_padding(batch[1], z.shape[2:])
+    k = (0.55 * inside.sum(1)).ceil().long()
+    loss = (losses.cross_entropy_loss(z, model.t, labels, model.tau) + 0.2 * losses.sgd_loss(z, c, k, inside, bank)
+            + losses.sam_loss(z, model.t, labels, model.tau))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for p, after in zip(model.parameters(), moved):
+        assert torch.allclose(p - 0.1 * p.grad if p.grad is not None else p, after, atol=1e-5)
+
+
+def test_memory_is_what_is_held_and_what_comes_on_top():
+    layer = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
+    with benchmark.Memory(torch.device("cpu"), layer) as peak:
+        torch.ones(8 * 10**6)  # 32 MB
+    assert peak.mb is None or 34 < peak.mb < 40
+
+
+def test_the_command_measures_and_writes(tiny_clip_file, tmp_path):
+    out = tmp_path / "cost.json"
+    flags = (f"--bodies small --clip {tiny_clip_file} --crop 32 --picture 40 48 --batch-size 2 --repeats 2 --workers 0 "
+             f"--device cpu --classes 171 --out {out}").split()
+    done = subprocess.run([sys.executable, "-m", "experiments.benchmark", *flags], cwd=study.ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert list(result["models"]) == ["dense CLIP", "ZegCLIP", "small"] and result["torch"] == torch.__version__
+    ours = result["models"]["small"]
+    assert ours["test"]["pictures_per_s"] > 0 and ours["train"]["images_per_s"] > 0
+    parts = ours["train"]["parts"]
+    assert tuple(parts) == benchmark.PARTS and sum(parts.values()) == pytest.approx(1)
+
+
+def test_label_of_a_peer_is_that_of_a_segmenter(tiny_clip):
+    """Peers are labelled by the segmenter's own function; here one window at its own size."""
+    picture = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    net = benchmark.build(benchmark.DenseCLIP, tiny_clip, 3)
+    logits = torch.nn.functional.interpolate(net.logits(picture[None] / 255), (64, 64), mode="bilinear")
+    assert torch.equal(models.ChimeraSeg.label(net, picture, 64, 64, 64)[0], logits[0].argmax(0).byte())
