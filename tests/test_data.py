@@ -50,7 +50,7 @@ def test_image_and_labels_are_cut_alike():
     assert len(corners[64]) > 10 and corners[200] == {labels[0, 0].item(), labels[0, -1].item()}  # flipped or not
 
 
-def test_labels_lie_where_the_image_lies():
+def test_labels_lie_where_the_image_lies_and_at_its_scale():
     """On a ramp the image tells where each pixel was read: the labels must be from there, at any scale."""
     across = torch.arange(100, dtype=torch.uint8).expand(100, 100).contiguous()
     for scale, ramp in itertools.product((0.5, 0.75, 1.0, 1.5, 2.0), (across, across.T.contiguous())):
@@ -58,15 +58,10 @@ def test_labels_lie_where_the_image_lies():
         inside = (labels > 2) & (labels < 97)
         shift = (labels.float() - image[0].float())[inside].mean() * scale  # in pixels of the crop
         assert shift.abs() < 0.26, (scale, shift)  # the image is rounded to whole pixels of the source
-
-
-def test_the_scale_is_of_the_picture_whose_short_side_is_the_crop():
-    """Stripes 10 pixels wide in a picture 40 high: at a crop of 64 and scale 1.5 each is 24 pixels wide, or a little
-    less, as windows are of whole pixels."""
-    stripes = (torch.arange(80) // 10 % 2).to(torch.uint8).expand(40, 80).contiguous()
+    stripes = (torch.arange(80) // 10 % 2).to(torch.uint8).expand(40, 80).contiguous()  # each 10 · 64 / 40 · 1.5 wide
     for _, labels, _ in drawn(stripes.expand(3, -1, -1), stripes, 64, 1.5, count=10):
-        edges = labels[0].int().diff().nonzero()[:, 0]
-        assert set(edges.diff().tolist()) <= {23, 24} and len(edges) > 1
+        widths = labels[0].int().diff().nonzero()[:, 0].diff().tolist()
+        assert widths and set(widths) <= {23, 24}  # windows are of whole pixels
 
 
 def test_crops_of_one_class_or_none_are_drawn_again():
@@ -149,23 +144,12 @@ def test_clip_takes_the_view_for_the_picture():
 # ---------------------------------------------------------------- colours
 
 
-def test_distortion_keeps_grey_grey_and_red_red():
-    grey = torch.arange(0, 256, 5, dtype=torch.uint8).expand(3, 4, -1).contiguous()
-    colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200]], dtype=torch.uint8)[:, :, None]
-    changed = 0
-    for seed in range(60):
-        torch.manual_seed(seed)
-        out = data.distort(grey).int()
-        assert (out - out[:1]).abs().max() <= 1 and (out[0].diff() >= 0).all()
-        torch.manual_seed(seed)
-        out = data.distort(colours)
-        assert out.dtype == torch.uint8 and out[:, :, 0].argmax(0).tolist() == [0, 1, 2]
-        changed += not torch.equal(out, colours)
-    assert 50 <= changed < 60  # each of the four comes in half of the cases: 1 in 16 stays as it is
-
-
 def test_distortion_against_a_way_through_each_step(monkeypatch):
-    image = torch.randint(60, 180, (3, 8, 9), dtype=torch.uint8)
+    image, same = torch.randint(60, 180, (3, 8, 9), dtype=torch.uint8), 0
+    for seed in range(64):
+        torch.manual_seed(seed)
+        same += torch.equal(data.distort(image), image)
+    assert 1 <= same <= 12  # each of the four comes in half of the cases: 4 of 64 stay as they are
     draws = iter([0.0, 20.0, 0.0, 0.8, 0.0, 1.3, 0.0, 30.0])  # of a coin and a value, four times
     monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(next(draws)))
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_: self.fill_(next(draws)))
