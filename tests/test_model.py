@@ -217,6 +217,17 @@ def test_labels_against_a_loop(size, short, band, monkeypatch):
     assert torch.equal(kept[kept != 255], got[1][kept != 255])
 
 
+def test_a_test_in_bf16_keeps_its_logits_in_fp32(tiny_clip):
+    """Logits of about 1 / τ = 100 would lose 0.001 of cosine in bf16."""
+    model = models.build(tiny_clip).eval()
+    model.set_classes(["cat", "dog"], ["{}"])
+    inside, outside, logits = set(), set(), model.logits
+    model.head.tail.resblocks[0].mlp.c_fc.register_forward_hook(lambda _, args, y: inside.add(y.dtype))
+    model.logits = lambda images: outside.add(logits(images).dtype) or logits(images)
+    model.label(torch.randint(256, (3, 64, 64), dtype=torch.uint8), 64, 64, 48, precision="bf16")
+    assert inside == {torch.bfloat16} and outside == {torch.float32}
+
+
 def large(H, W):
     def logits(images):  # the worst case: any class may win anywhere
         return torch.randn(len(images), 100, images.shape[2] // 16, images.shape[3] // 16)
