@@ -113,7 +113,7 @@ def now(device):
 
 @torch.no_grad()
 def gflops(call, images):
-    """{module: GFLOPs} of one call, "Global" for all; attention in parts, as the counter passes over CPUs' fused one."""
+    """{module: GFLOPs} of one call, "Global" for all. The counter passes over CPUs' fused attention: not used."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call(images)
     return {name: sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()}
