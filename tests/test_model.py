@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import normalize as standardise
 
 import clip
 import model as models
-from bodies import ModelError
+from bodies import ModelError, build_body
 from clip_head import CSH
 
 
@@ -215,6 +215,23 @@ def test_labels_against_a_loop(size, short, band, monkeypatch):
     kept = segmenter(by_colour, 20, tau).label(image, short, 64, 40, lowered, middle)[1]
     assert (kept != 255).eq(best >= middle).float().mean() > 0.999 and (kept == 255).any()
     assert torch.equal(kept[kept != 255], got[1][kept != 255])
+
+
+def test_heads_differ_in_their_tail_alone(tiny_clip):
+    """The same seed gives the same adapter in front of each tail; another seed another one."""
+    def adapter(head, seed):
+        torch.manual_seed(seed)
+        return models.build(tiny_clip, head=head).head.adapter.project.weight
+
+    assert all(torch.equal(adapter("csh", 0), adapter(head, 0)) for head in ("linear", "random"))
+    assert not any(torch.equal(adapter(head, 0), adapter(head, 1)) for head in ("csh", "linear", "random"))
+
+
+def test_a_bodys_own_frozen_part_is_saved(tiny_clip):
+    body = build_body("small")
+    body.fine.requires_grad_(False)
+    state = models.build(tiny_clip, body=body).trained_state()
+    assert any(name.startswith("body.fine.") for name in state) and not any("tail" in name for name in state)
 
 
 def test_a_test_in_bf16_keeps_its_logits_in_fp32(tiny_clip):
