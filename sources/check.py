@@ -4,6 +4,7 @@
     python data.py --dataset my_data          # the check alone: counts, mask values, a picture
 """
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def check(source, picture=None):
         shown = {k for _, labels in samples for k in labels.unique().tolist()}
         names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
         rows = [[image, pictures.coloured(labels)] for image, labels in samples]
-        pictures.sheet(rows, ("image", "labels (white: no class)"), names).save(picture, "PNG")
+        pictures.save(pictures.sheet(rows, ("image", "labels (white: no class)"), names), Path(picture))
     return remarks
 
 
