@@ -216,9 +216,10 @@ def testing(nets, recipe, args, device):
     times, peaks = {name: [] for name in nets}, {}
     for _ in range(args.repeats + 1):
         for name, net in nets.items():
-            with Memory(device, net) as peak, processes.autocast(device, args.precision):
+            with Memory(device, net) as peak:
                 start = now(device)
-                models.ChimeraSeg.label(net, picture, recipe.short_side, recipe.window, recipe.stride)
+                models.ChimeraSeg.label(net, picture, recipe.short_side, recipe.window, recipe.stride,
+                                        precision=args.precision)
                 times[name].append(now(device) - start)
             peaks[name] = peak.mb
     return {name: {"pictures_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}
