@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import clip
 from bodies import ModelError, build_body
 from clip_head import CSH, LinearHead, RandomHead
-from losses import IGNORE, bands, pixel_text_logits, upsampled_rows
+from losses import IGNORE, bands, pixel_text_logits
 from support.archive import misfit
 from support.checkpoint import read_checkpoint
 from support.processes import autocast, from_first
@@ -79,23 +79,23 @@ class ChimeraSeg(nn.Module):
         image = image.to(self.mean.device)[None].float() / 255
         if factor != 1:
             image = F.interpolate(image, (h, w), mode="bilinear", align_corners=False, antialias=True)
-        total, count = torch.zeros(1, len(self.t), h, w, device=image.device), torch.zeros(h, w, device=image.device)
+        strips = []
         for top in starts(h, window, stride):
-            row = [(..., slice(top, top + window), slice(left, left + window)) for left in starts(w, window, stride)]
+            crops = [image[..., top:top + window, left:left + window] for left in starts(w, window, stride)]
             with autocast(image.device, precision):
-                windows = self.logits(torch.cat([image[at] for at in row]))  # (number of windows, K, h', w')
-            for at, logits in zip(row, windows):
-                total[at] += F.interpolate(logits[None], count[at].shape, mode="bilinear", align_corners=False)
-                count[at] += 1
-        total /= count  # (1, K, h, w)
+                strips.append(torch.cat(list(self.logits(torch.cat(crops))), dim=2))  # (K, h', number of windows · w')
+        grids = torch.cat(strips, dim=1)  # (K, Σh', Σw'): the windows' grids side by side
+        down = axis_weights(h, window, stride, grids.shape[1], H).to(grids)  # (H, Σh')
+        across = axis_weights(w, window, stride, grids.shape[2], W).to(grids)  # (W, Σw')
         labels = torch.empty(len(lowered), H, W, dtype=torch.uint8, device=image.device)
-        for rows in bands(total, (H, W)):
-            logits = upsampled_rows(total, (H, W), rows)[0]  # (rows, W, K)
+        for rows in bands(grids[None], (H, W)):
+            reach = down[rows].any(0)  # the few grid rows that these pixels depend on
+            logits = torch.einsum("yi,kij->ykj", down[rows][:, reach], grids[:, reach]) @ across.T  # (rows, K, W)
             for g, off in enumerate(lowered):
-                winner = (logits - off).argmax(-1, keepdim=True)
+                winner = (logits - off[:, None]).argmax(1, keepdim=True)
                 if threshold > -1:
-                    winner = winner.masked_fill(logits.gather(-1, winner) < threshold / self.tau, IGNORE)
-                labels[g, rows] = winner[..., 0].byte()
+                    winner = winner.masked_fill(logits.gather(1, winner) < threshold / self.tau, IGNORE)
+                labels[g, rows] = winner[:, 0].byte()
         return labels
 
     def trained_state(self):
@@ -112,6 +112,18 @@ class ChimeraSeg(nn.Module):
 def starts(size, window, stride):
     """Where the windows begin that cover `size` pixels; the last one is pushed back inside."""
     return [0] if size <= window else [*range(0, size - window, stride), size - window]
+
+
+def axis_weights(size, window, stride, cells, out):
+    """The matrix (out, cells) from one axis of the windows' grids, `cells` values end to end, to `out` pixels.
+
+    Bilinear in each window of a picture of `size` pixels, their mean where they overlap, bilinear to `out`."""
+    weights, begins = torch.zeros(size, cells), starts(size, window, stride)
+    cells = cells // len(begins)  # of one window
+    for start, part in zip(begins, weights.split(cells, dim=1)):
+        part[start:start + window] = F.interpolate(torch.eye(cells)[None], min(window, size), mode="linear")[0].T
+    weights /= weights.sum(1, keepdim=True)
+    return F.interpolate(weights.T[None], out, mode="linear")[0].T
 
 
 def build(clip_model, *, body="small", body_weights="default", head="csh", frozen_blocks=1, temperature=None):
