@@ -194,7 +194,8 @@ def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path):
     flags = ["--dataset", "voc", "--data-root", tree, "--clip", tiny_clip_file, "--body", "small", "--crop", 64, *SHORT]
     status, text, words = run_inside(train, *flags, "--steps", 2, "--strict", "--out-dir", out)
     assert status == 0, words
-    said = "steps 2 instead of 20000, batch size 6 instead of 16, crop 64 instead of 512"
+    said = "steps 2 instead of 20000, batch size 6 instead of 16, crop 64 instead of 512, " \
+        "images with unseen classes left out"
     assert text.index(f"\nnot the benchmark's protocol: {said}\n") < text.index("\ndata  ")
     assert "strict: 4 of 12 training images are left out" in text and "voc: 8 training images, 1 test images" in text
     assert read(out / "metrics.json")["departures"] == said
@@ -270,14 +271,18 @@ def test_the_first_process_downloads_and_the_others_find_the_file(tmp_path, tiny
 
 
 @pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "fp32")])
-def test_bf16_on_a_cpu_is_for_amx(amx, precision, run, monkeypatch, tmp_path):
+def test_bf16_on_a_cpu_is_for_amx_and_a_test_has_its_runs_precision(amx, precision, run, root, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    logits, seen = models.ChimeraSeg.logits, set()
+    args = train.parse(["--data-root", str(root / "toy")])
+    train.open_source(args, CPU)
+    assert args.precision == precision and processes.fast_precision(torch.device("mps")) == "fp32"
+    logits, seen, saved = models.ChimeraSeg.logits, set(), state(run[0])
     monkeypatch.setattr(models.ChimeraSeg, "logits", lambda *args: seen.add(torch.is_autocast_enabled("cpu"))
                         or logits(*args))
-    assert run_inside(evaluate, "--run", run[0], "--device", "cpu", "--out-dir", tmp_path)[0] == 0
+    saved["config"]["precision"] = precision
+    torch.save(saved, tmp_path / "last.pt")
+    assert run_inside(evaluate, "--checkpoint", tmp_path / "last.pt", "--device", "cpu")[0] == 0
     assert read(tmp_path / "metrics.json")["precision"] == precision and seen == {amx}
-    assert processes.fast_precision(torch.device("mps")) == "fp32"
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch
     assert processes.fast_precision(CPU) == "fp32"
 
