@@ -56,9 +56,9 @@ class Tail(nn.Module):
 class Head(nn.Module):
     """(B, C, h, w) -> z (B, D, h, w), unit length over D, fp32. Gradients pass through `tail` to adapter and body."""
 
-    def __init__(self, in_channels, width, tail):
+    def __init__(self, adapter, tail):
         super().__init__()
-        self.adapter, self.tail = Adapter(in_channels, width), tail
+        self.adapter, self.tail = adapter, tail
 
     def forward(self, x):
         z = self.tail(self.adapter(x))  # (B, N, D)
@@ -67,16 +67,17 @@ class Head(nn.Module):
 
 def CSH(visual, in_channels, frozen_blocks=1):
     """The head of the method. visual: CLIP's image tower, copied from and never changed. Raises CLIPError."""
-    return Head(in_channels, visual.width, Tail(visual, frozen_blocks))
+    return Head(Adapter(in_channels, visual.width), Tail(visual, frozen_blocks))
 
 
 def LinearHead(visual, in_channels):
     """Control without CLIP: the same adapter, then one trained layer W -> D. Of `visual` only the widths are used."""
-    return Head(in_channels, visual.width, nn.Linear(visual.width, visual.output_dim, bias=False))
+    return Head(Adapter(in_channels, visual.width), nn.Linear(visual.width, visual.output_dim, bias=False))
 
 
 def RandomHead(visual, in_channels, frozen_blocks=1):
-    """Control: CSH's shape, with frozen weights as CLIP had them before its training. Always the same ones."""
+    """Control: CSH's shape with random frozen weights, always the same ones."""
+    adapter = Adapter(in_channels, visual.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_HEAD_SEED)
-        return CSH(VisionTransformer(**visual.config), in_channels, frozen_blocks)
+        return Head(adapter, Tail(VisionTransformer(**visual.config), frozen_blocks))

@@ -61,8 +61,8 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     """Scores `model` on the source's test images; several processes take a part each, without repeats.
 
     -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names}; leaves the model in eval mode.
-    gamma        adds "calibrated": metrics with γ taken off the seen classes' logits. FIELD: peers take 0.1 off seen
-                 sigmoid scores and do not say so; the figure that compares is γ = 0
+    gamma        adds "calibrated": metrics with γ subtracted from the seen classes' logits. FIELD: peers take 0.1 off
+                 seen sigmoid scores and do not say so; the figure that compares is γ = 0
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
                  classes alone: a far easier task, whose figures compare with no joint one
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
@@ -76,9 +76,8 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
                         num_workers=0 if device.type == "cpu" else 4)
     model.eval()
     for image, truth, name in loader:
-        with processes.autocast(device, precision):
-            maps = model.label(image, recipe.short_side, recipe.window, recipe.stride, lowered)  # (G, H, W)
-        for matrix, labels in zip(matrices, maps):
+        maps = model.label(image, recipe.short_side, recipe.window, recipe.stride, lowered, precision=precision)
+        for matrix, labels in zip(matrices, maps):  # maps (G, H, W)
             matrix += confusion(truth.to(device), labels, K)
         if predictions:
             pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
@@ -128,8 +127,7 @@ def preview(model, source, device, precision, images=6):
     view, recipe, rows, shown = data.ValSet(source), source.recipe, [], set()
     for i in range(min(images, len(view))):
         image, truth, _ = view[i]
-        with processes.autocast(device, precision):
-            labels = model.label(image, recipe.short_side, recipe.window, recipe.stride)[0].cpu()
+        labels = model.label(image, recipe.short_side, recipe.window, recipe.stride, precision=precision)[0].cpu()
         shown |= set(truth.unique().tolist()) | set(labels.unique().tolist())
         rows.append([image, pictures.coloured(truth), pictures.coloured(labels)])
     names = {k: name.split(",")[0] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
@@ -154,7 +152,8 @@ def open_run_dataset(config, name=None, root=None):
     if own and not root and not Path(own).is_dir():
         raise sources.DataError(f"the run's data set is no longer in {own}: give --data-root")
     source = sources.open_dataset(name or config["dataset"], root or own)
-    source.recipe, source.templates = source.recipe.at_crop(config["crop"]), tuple(config["templates"])
+    source.templates = tuple(config["templates"])
+    source.recipe = dataclasses.replace(source.recipe, **config["test"])
     source.unseen = {k for k, trained in enumerate(trained_on(config, source.classes)) if not trained}
     return source
 
@@ -201,7 +200,8 @@ def parse(argv=None):
     group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
     group = parser.add_argument_group("how").add_argument
     group("--short-side", type=int, metavar="PIXELS", help="test images are resized to it (default: as in training)")
-    group("--gamma", type=float, help="adds a column with γ taken off the seen classes' logits (default: γ = 0 alone)")
+    group("--gamma", type=float, help="adds a column with γ subtracted from the seen classes' logits (cosine "
+          "/ τ); try 1 (default: γ = 0 alone)")
     group("--unseen-only", action="store_true", help="also score the unseen classes' pixels among these classes alone")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
     group("--precision", choices=("bf16", "fp32"), help="(default: as in training)")

@@ -2,11 +2,12 @@
 
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
 t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) of unit length, τ temperatures.
-Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes: no loss comes from them.
+Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes, so no label of an unseen
+class reaches a loss. (L_sgd reads no labels: it selects among all positions of the picture.)
 
 Half-precision input is taken to fp32: call the losses outside autocast, which would undo that.
 With several processes every loss is scaled so that DDP's mean of the gradients is the gradient of the loss over the
-whole batch: the result does not depend on their number. No loss reads a value of a tensor: no GPU is waited for.
+whole batch: the result does not depend on their number. No loss reads a value of a tensor, which would wait for a GPU.
 """
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ def pixel_text_logits(z, t, tau):
 def cross_entropy_loss(z, t, labels, tau):
     """L_seg: softmax cross-entropy of the upsampled logits, mean over labelled pixels. labels (B, H, W). FIELD
 
-    Taken in bands of rows, each made again in the backward pass: (B, K, H, W) logits never exist at a time."""
+    Taken in bands of rows, recomputed in the backward pass: (B, K, H, W) logits are never held in full."""
     logits = pixel_text_logits(fp32(z), fp32(t), tau)
     total = sum(checkpoint(_cross_entropy_of_rows, logits, labels, rows, use_reentrant=False, preserve_rng_state=False)
                 for rows in bands(logits, labels.shape[1:]))
@@ -81,10 +82,12 @@ def upsampled_rows(logits, size, rows):
     if h == H:
         logits = logits[:, :, rows]
     else:
-        at = ((torch.arange(rows.start, rows.stop) + 0.5) * (h / H) - 0.5).clamp(0, h - 1)  # in rows of logits
-        first, last = int(at[0]), min(int(at[-1]) + 2, h)  # read on the CPU: no GPU is waited for
-        weights = (1 - (at[:, None] - torch.arange(first, last)).abs()).clamp(min=0)  # (number of rows, last − first)
-        logits = torch.einsum("yh,bkhw->bkyw", weights.to(logits), logits[:, :, first:last])
+        place = [min(max((y + 0.5) * h / H - 0.5, 0), h - 1) for y in (rows.start, rows.stop - 1)]  # in rows of logits
+        first, last = int(place[0]), min(int(place[1]) + 2, h)  # those that reach these rows
+        y, x = (torch.arange(*r, device=logits.device) for r in ((rows.start, rows.stop), (first, last)))
+        at = ((y + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
+        weights = (1 - (at[:, None] - x).abs()).clamp(min=0)  # (number of rows, last − first)
+        logits = torch.einsum("yh,bkhw->bkyw", weights.to(logits.dtype), logits[:, :, first:last])
     logits = logits.contiguous(memory_format=torch.channels_last)  # the softmax over K is twice as fast so
     return F.interpolate(logits, (logits.shape[2], W), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
 
@@ -98,7 +101,7 @@ def k_at(step, steps, inside, end_share):
     inside: bool (B, N), the positions that lie in the picture and not in the padding -> int (B,).
     FACT: k falls. OURS: linearly; a share of each picture's own positions. end_share = 1 distils all of them."""
     share = 1 - (1 - end_share) * step / max(steps - 1, 1)
-    return (share * inside.sum(1) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, whatever rounding says
+    return (share * inside.sum(1) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, despite rounding
 
 
 def select(a, k, inside):
@@ -131,7 +134,7 @@ def push(bank, c):
 
 
 def sam_loss(z, t, labels, tau):
-    """L_sam: class prototypes are aligned with text. FACT: dense features with text embeddings; LINE: prototypes
+    """L_sam: class prototypes are aligned with text. FACT: dense features are aligned with text; LINE: by prototypes
 
     r_bk = normalise(mean of z_i over the pixels of class k in image b),  cross-entropy of r_bk · t / τ against k.  OURS
     Labels (B, H, W) are read at the features' grid by nearest neighbour -> scalar"""

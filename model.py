@@ -14,10 +14,10 @@ from clip_head import CSH, LinearHead, RandomHead
 from losses import IGNORE, bands, pixel_text_logits, upsampled_rows
 from support.archive import misfit
 from support.checkpoint import read_checkpoint
-from support.processes import from_first
+from support.processes import autocast, from_first
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ENLARGED = 8  # times, at most, before the test: a strip of a picture would else need any amount of memory
+ENLARGED = 8  # times, at most, before the test: otherwise a very thin picture needs unbounded memory
 SETTINGS = ("body", "body_weights", "head", "frozen_blocks", "temperature")  # of a run, which `build` takes
 
 
@@ -28,7 +28,7 @@ def text_embeddings(clip_model, names, templates):
     Synonyms in a name are separated by commas and averaged as templates are; underscores are read as spaces."""
     t = []
     for name in names:
-        words = [" ".join(word.replace("_", " ").split()) for word in name.split(",")]
+        words = [" ".join(word.replace("_", " ").split()) for word in name.split(",") if word.strip()]
         tokens = clip.tokenize([template.replace("{}", word) for word in words for template in templates],
                                clip_model.context_length)  # (P, 77)
         each = clip_model.encode_text(tokens.to(clip_model.text_projection.device)).float()  # (P, D)
@@ -56,17 +56,20 @@ class ChimeraSeg(nn.Module):
         return self.head(self.body((images - self.mean) / self.std))
 
     def logits(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ."""
-        return pixel_text_logits(self(images), self.t, self.tau)
+        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ. In fp32, also under autocast."""
+        z = self(images)
+        with torch.autocast(z.device.type, enabled=False):
+            return pixel_text_logits(z, self.t, self.tau)
 
     @torch.inference_mode()
-    def label(self, image, short_side, window, stride, lowered=None, threshold=-1.0):
+    def label(self, image, short_side, window, stride, lowered=None, threshold=-1.0, precision="fp32"):
         """Labels a whole picture: sliding windows, logits averaged where they overlap, argmax at its own size.
 
         image       uint8 (3, H, W); resized to `short_side` for the test. window, stride: pixels of that size
-        lowered     (G, K), what is taken off the logits of each class: one label map for each of the G rows; default 0
+        lowered     (G, K), what is subtracted from the logits: one label map for each of the G rows; default 0
         threshold   where the winner's cosine is lower, there is no label
-        -> uint8 (G, H, W), IGNORE where no label is; (K, H, W) logits never exist at a time
+        precision   bf16 or fp32, of body and head; everything after them is fp32
+        -> uint8 (G, H, W), IGNORE where no label is; (K, H, W) logits are never held in full
         """
         if lowered is None:
             lowered = torch.zeros(1, len(self.t), device=self.t.device)
@@ -79,7 +82,9 @@ class ChimeraSeg(nn.Module):
         total, count = torch.zeros(1, len(self.t), h, w, device=image.device), torch.zeros(h, w, device=image.device)
         for top in starts(h, window, stride):
             row = [(..., slice(top, top + window), slice(left, left + window)) for left in starts(w, window, stride)]
-            for at, logits in zip(row, self.logits(torch.cat([image[at] for at in row])).float()):
+            with autocast(image.device, precision):
+                windows = self.logits(torch.cat([image[at] for at in row]))  # (number of windows, K, h', w')
+            for at, logits in zip(row, windows):
                 total[at] += F.interpolate(logits[None], count[at].shape, mode="bilinear", align_corners=False)
                 count[at] += 1
         total /= count  # (1, K, h, w)
@@ -94,8 +99,8 @@ class ChimeraSeg(nn.Module):
         return labels
 
     def trained_state(self):
-        """State dict without the frozen tensors: CLIP's part of the head comes from CLIP's own file."""
-        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        """State dict without the head's frozen tail, which comes from CLIP's own file (or from a seed)."""
+        frozen = {name for name, p in self.named_parameters() if name.startswith("head.tail.") and not p.requires_grad}
         return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
     def load_trained_state(self, state):
@@ -125,7 +130,8 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", froze
     if head not in heads:
         raise ModelError(f"no head {head!r}: choose {', '.join(heads)}")
     body = body.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and CUDA
-    return ChimeraSeg(body, heads[head](), clip_model, temperature or 1 / clip_model.logit_scale.exp().item())
+    tau = 1 / clip_model.logit_scale.exp().item() if temperature is None else temperature
+    return ChimeraSeg(body, heads[head](), clip_model, tau)
 
 
 def load_run(checkpoint, device, clip_file=None):
@@ -135,11 +141,12 @@ def load_run(checkpoint, device, clip_file=None):
     Raises CheckpointError, ModelError, CLIPError."""
     saved = from_first(lambda: read_checkpoint(checkpoint))
     config = saved["config"]
-    clip_model = clip.load(clip_file or config["clip"]).to(device)
+    clip_model = clip.load(clip_file or config["clip"])
     if clip.fingerprint(clip_model) != config["clip_hash"]:
         raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
                          "give --clip")
     model = build(clip_model, **{**{key: config[key] for key in SETTINGS}, "body_weights": "none"})
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])
+    clip_model.to(device)  # the text tower
     return model.to(device).eval(), config

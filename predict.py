@@ -49,9 +49,8 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     if not isinstance(image, torch.Tensor):
         image = read_image(image, upright=True)
     test = config["test"]
-    with processes.autocast(device, precision or processes.fast_precision(device)):
-        labels = model.label(image, short_side or test["short_side"], test["window"], test["stride"],
-                             gamma * seen[None], threshold)[0]
+    labels = model.label(image, short_side or test["short_side"], test["window"], test["stride"], gamma * seen[None],
+                         threshold, precision or processes.fast_precision(device))[0]
     return labels.masked_fill(labels == len(names), IGNORE).cpu(), names  # the last class is OTHER
 
 

@@ -1,12 +1,14 @@
 """Trains Chimera-Seg: L = L_seg + λ_sgd · L_sgd + λ_sam · L_sam, on masks of seen classes only.
 
+SGD is Selective Global Distillation, SAM the Semantic Alignment Module: see losses.py.
+
     python train.py                                           # the embedded default: 3 minutes on two CPU cores
     python train.py --dataset voc                             # docs/data.md says how to get the files
     python train.py --dataset my_data --body segnext-b        # own data
     torchrun --nproc-per-node 4 train.py --dataset voc        # one process a GPU
 
 Writes into runs/<dataset>/: last.pt and former.pt (checkpoints), config.json, log.jsonl, curves.png, data.png (what the
-data check saw), metrics.json and preview.png (the test). Ctrl-C saves; the same command with --resume goes on.
+data check saw), metrics.json and preview.png (the test). Ctrl-C saves; the same command with --resume continues.
 """
 import argparse
 import os
@@ -52,7 +54,7 @@ def main(args):
     torch.manual_seed(args.seed)
     out = args.out_dir or Path("runs") / Path(args.dataset).resolve().name
 
-    # ---- the data set: what flags leave open, its recipe says
+    # ---- the data set; its recipe fills in flags that were not given
     source, remarks = open_source(args, device)
     recipe = source.recipe
     if rank == 0:
@@ -61,7 +63,7 @@ def main(args):
     # ---- the frozen teacher (all of CLIP), the student (body and head), the optimiser
     teacher = clip.load(args.clip).to(device)
     model = models.build(teacher, **{name: getattr(args, name) for name in models.SETTINGS}).to(device)
-    model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names play no part
+    model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names are not used
     optimizer = torch.optim.AdamW(parameter_groups(model, args.body_weights != "none"), weight_decay=0,
                                   fused=device.type != "mps")
 
@@ -87,7 +89,7 @@ def main(args):
     model.train()
     stopping, t, tau = False, model.t, model.tau
     for step, batch in enumerate(loader, first):
-        torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # a body that draws does so alike when resumed
+        torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # random bodies draw the same after a resume
         lr = set_lr(optimizer, args.lr * warmup_poly(step, args.steps, recipe.warmup * args.steps / recipe.steps))
         crops, labels, views = (x.to(device, non_blocking=True) for x in batch)  # (B, 3, H, W), (B, H, W), (B, 3, S, S)
 
@@ -128,7 +130,7 @@ def main(args):
         model.set_classes(source.classes, source.templates)
         share_statistics(model)
         result = evaluate.evaluate(model, source, device, args.precision)
-        result |= {"checkpoint": str(out / "last.pt"), "departures": config["departures"]}
+        result |= {"checkpoint": str(out / "last.pt"), "precision": args.precision, "departures": config["departures"]}
         if rank == 0:
             evaluate.report(result, model, source, device, args.precision, out)
             log.scores(result["gamma_0"])
@@ -207,7 +209,7 @@ def set_lr(optimizer, lr):
 
 
 def warmup_poly(step, steps, warmup):
-    """Share of the full learning rate: a linear ramp, then (1 − progress)^0.9. FIELD"""
+    """Share of the full learning rate: a linear ramp times (1 − progress)^0.9. FIELD"""
     return min((step + 1) / max(warmup, 1), 1) * (1 - step / steps) ** POLY_POWER
 
 
@@ -248,7 +250,8 @@ def parse(argv=None):
           "it), random (CSH's shape, random frozen weights) (default: csh)")
     group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head (default: 1)")
     group("--temperature", type=float, metavar="TAU", help="τ of the text logits (default: CLIP's own)")
-    group("--sgd-weight", type=float, default=0.2, metavar="λ", help="λ_sgd; 0: no SGD and no teacher (default: 0.2)")
+    group("--sgd-weight", type=float, default=0.2, metavar="λ", help="λ_sgd; 0: no SGD, the teacher does not run "
+          "(default: 0.2)")
     group("--k-end", type=float, default=0.1, metavar="SHARE", help="share of the positions that SGD selects at the "
           "end; 1: all of them throughout (default: 0.1)")
     group("--sam-weight", type=float, default=1.0, metavar="λ", help="λ_sam; 0: no SAM (default: 1)")
@@ -266,7 +269,7 @@ def parse(argv=None):
           "where it is faster: CUDA since Ampere, CPUs with AMX)")
     group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
     group("--compile", action="store_true", help="torch.compile the student: a slow start, then faster steps")
-    group("--deterministic", action="store_true", help="the same figures each time on a GPU too, slower")
+    group("--deterministic", action="store_true", help="PyTorch's deterministic kernels where it has them, slower")
     return parser.parse_args(argv)
 
 

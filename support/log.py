@@ -34,7 +34,7 @@ class Log:
             self.say(remark)
         self.say(f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images\n"
                  f"classes {len(source.seen)} seen, {len(names)} unseen{': ' * bool(names)}{', '.join(names[:6])}"
-                 f"{' …' * (len(names) > 6)}; pixels of unseen classes reach no loss\n"
+                 f"{' …' * (len(names) > 6)}; their labels reach no loss\n"
                  f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M parameters trained, "
                  f"{frozen / 1e6:.2f} M frozen; teacher {args.clip}\n"
                  f"run     {args.steps} steps of {args.batch_size} images on {processes.world_size()} × {device.type}, "

@@ -118,7 +118,7 @@ def draw(rng, max_things=3):
 
 
 def write(root, seed=0, train=TRAIN, val=VAL):
-    """Writes the world under `root` in the layout of one's own data (see sources.py); the whole folder or nothing.
+    """Writes the world under `root` in the layout of one's own data (see docs/data.md); the whole folder or nothing.
 
     Raises FileExistsError where something is there before it starts."""
     root = Path(root)
