@@ -189,7 +189,7 @@ def test_own_data_of_any_sizes_is_tested_at_one(root, tiny_clip_file, tmp_path, 
     assert set(sizes) == {(6, 3, 64, 64), (32, 32, 27)}  # the teacher's views; tests, as VOC's at a crop of 32
 
 
-def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path):
+def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path, monkeypatch):
     tree, out = draw_tree("voc", tmp_path / "voc", val=1, sides=(64, 65)), tmp_path / "out"
     flags = ["--dataset", "voc", "--data-root", tree, "--clip", tiny_clip_file, "--body", "small", "--crop", 64, *SHORT]
     status, text, words = run_inside(train, *flags, "--steps", 2, "--strict", "--out-dir", out)
@@ -199,10 +199,13 @@ def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path):
     assert text.index(f"\nnot the benchmark's protocol: {said}\n") < text.index("\ndata  ")
     assert "strict: 4 of 12 training images are left out" in text and "voc: 8 training images, 1 test images" in text
     assert read(out / "metrics.json")["departures"] == said
+    label, sides = models.ChimeraSeg.label, set()
+    monkeypatch.setattr(models.ChimeraSeg, "label", lambda self, image, *test, **more: sides.add(test[0]) or
+                        label(self, image, *test, **more))
     status, text, words = run_inside(evaluate, "--run", out, "--short-side", 32, "--unseen-only", "--save-predictions",
                                      tmp_path / "maps")
     result = read(out / "metrics.json")
-    assert status == 0 and result["departures"] == f"{said}, test short side 32", words
+    assert status == 0 and sides == {32} and result["departures"] == f"{said}, test short side 32", words
     assert set(result) == RESULT | {"unseen_only"}
     assert "labelled among these alone: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
 
@@ -354,7 +357,7 @@ def by_colour(images):
     return logits
 
 
-def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path):
+def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path, monkeypatch):
     source = sources.open_dataset("voc", draw_tree("voc", tmp_path / "voc", train=2))
     source.recipe = sources.Recipe(1, short_side=60, window=200, stride=200)
     model, unseen = segmenter(by_colour, 20), sorted(source.unseen)
@@ -380,6 +383,10 @@ def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path):
         pytest.approx(value) if value == value else None for value in iou.tolist()]
     assert ours["mIoU"] == pytest.approx(iou.nanmean().item()) and ours["pAcc"] > 90 > result["gamma_0"]["pAcc"]
     assert result["calibrated"]["mIoU_unseen"] != result["gamma_0"]["mIoU_unseen"]
+    for module, name, value in ((processes, "world_size", 2), (processes, "rank", 1), (evaluate.dist, "all_reduce", 0)):
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    evaluate.evaluate(model, source, CPU, "fp32", predictions=tmp_path / "half")  # the second of two processes
+    assert [path.stem for path in (tmp_path / "half").iterdir()] == [source.val[1][0]]
 
 
 def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
