@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import json
-import math
 import platform
 import re
 import tempfile
@@ -26,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bodies
@@ -98,7 +98,7 @@ class ZegCLIP(DenseCLIP):
         return attention.mean(1).unflatten(2, (h, w))
 
 
-PEERS = {"dense CLIP": DenseCLIP, "ZegCLIP": ZegCLIP}
+PEERS = {"dense-clip": DenseCLIP, "zegclip": ZegCLIP}
 
 
 # ---------------------------------------------------------------- measuring
@@ -111,16 +111,10 @@ def now(device):
     return time.perf_counter()
 
 
-def attention_flops(q, k, v, *_, **__):
-    """Shapes -> FLOPs of q·k and of the product with v; torch's counter passes over the CPU's fused kernel."""
-    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-
-
 @torch.no_grad()
 def gflops(call, images):
-    """{module: GFLOPs} of one call, "Global" for all."""
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+    """{module: GFLOPs} of one call, "Global" for all. The counter passes over CPUs' fused attention: not used."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call(images)
     return {name: sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()}
 
@@ -216,8 +210,9 @@ def training(body, teacher, source, args, device):
 # ---------------------------------------------------------------- test
 
 
-def testing(nets, recipe, picture, args, device):
+def testing(nets, recipe, args, device):
     """{name: model} -> {name: {"pictures_per_s", "peak_mb"}}; in each round all label the same picture in turn."""
+    picture = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.picture)).astype(np.uint8))
     times, peaks = {name: [] for name in nets}, {}
     for _ in range(args.repeats + 1):
         for name, net in nets.items():
@@ -229,12 +224,19 @@ def testing(nets, recipe, picture, args, device):
     return {name: {"pictures_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}
 
 
-def build(body, teacher, classes):
-    """A name of bodies.BODIES, or a peer's class -> the model on the teacher's device, with random text embeddings."""
-    net = body(teacher) if body in PEERS.values() else models.build(teacher, body=body, body_weights="none")
+def build(name, teacher, classes):
+    """A body's or a peer's name -> the model on the teacher's device, with random text embeddings."""
+    net = PEERS[name](teacher) if name in PEERS else models.build(teacher, body=name, body_weights="none")
     t = torch.randn(classes, teacher.visual.output_dim, device=teacher.logit_scale.device)
     net.to(t.device).t = F.normalize(t, dim=1)
     return net.eval()
+
+
+def cost(net, side):
+    """-> {"gflops" of one image, "trained_m" and "all_m": millions of parameters}"""
+    trained, every = (sum(p.numel() for p in net.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0))
+    image = torch.rand(1, 3, side, side, device=net.t.device)
+    return {"gflops": gflops(net.logits, image)["Global"], "trained_m": trained, "all_m": every}
 
 
 def main(args):
@@ -243,38 +245,20 @@ def main(args):
     args.batch_size = args.batch_size or (2 if device.type == "cpu" else 16)
     torch.manual_seed(0)
     teacher = (clip.load(args.clip) if args.clip else clip.CLIP(**VIT_B16).eval().requires_grad_(False)).to(device)
-    where = (torch.cuda.get_device_name() if device.type == "cuda" else
-             f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
-    nets = {name: build(body, teacher, args.classes) for name, body in
-            (PEERS | {body: body for body in args.bodies}).items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {"device": where, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit(),
-              "settings": {key: str(value) for key, value in vars(args).items()}, "models": {}}
-    image = torch.rand(1, 3, args.crop, args.crop, device=device)
-    for name, net in nets.items():
-        counts = [sum(p.numel() for p in net.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0)]
-        result["models"][name] = {"gflops": gflops(net.logits, image)["Global"], "trained_m": counts[0],
-                                  "parameters_m": counts[1]}
+              "settings": {key: str(value) for key, value in vars(args).items()}}
+    nets = {name: build(name, teacher, args.classes) for name in (*PEERS, *args.bodies)}
+    result["cost"] = {name: cost(net, args.crop) for name, net in nets.items()}
     with tempfile.TemporaryDirectory() as folder:
         source = drawn(folder, args.classes, args.crop)
-        picture = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.picture)).astype(np.uint8))
-        for name, found in testing(nets, source.recipe, picture, args, device).items():
-            result["models"][name]["test"] = found
+        result["test"] = testing(nets, source.recipe, args, device)
         nets.clear()
-        for name in args.bodies:
-            result["models"][name]["train"] = training(name, teacher, source, args, device)
-    for name, found in result["models"].items():
-        say(name, found)
-    checkpoint.atomic(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    print(f"wrote {args.out}")
+        result["train"] = {name: training(name, teacher, source, args, device) for name in args.bodies}
+    text = json.dumps(result, indent=1)
+    checkpoint.atomic(args.out, lambda path: path.write_text(text + "\n"))
+    print(f"{text}\nwrote {args.out}")
     return result
-
-
-def say(name, found):
-    print(f"{name}: {found['gflops']:.1f} GFLOPs, {found['trained_m']:.1f} of {found['parameters_m']:.1f} M parameters "
-          f"trained; test {found['test']['pictures_per_s']:.2f} pictures/s, {found['test']['peak_mb']} MB")
-    if train_ := found.get("train"):
-        shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in train_["parts"].items())
-        print(f"    training {train_['images_per_s']:.2f} images/s, {train_['peak_mb']} MB: {shares}")
 
 
 def parse(argv=None):

@@ -155,11 +155,12 @@ def vit():
 
 
 def test_zegclip_costs_what_its_authors_publish(vit):
-    net, image = benchmark.build(benchmark.ZegCLIP, vit, 20), torch.rand(1, 3, 512, 512)
-    assert benchmark.gflops(net.logits, image)["Global"] / 2 == pytest.approx(110.4, rel=0.01)
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    net = benchmark.build("zegclip", vit, 20)
+    found = benchmark.cost(net, 512)
+    assert found["gflops"] / 2 == pytest.approx(110.4, rel=0.01)
     unused = 3 * (4 * 512 * 512 + 4 * 512 + 2 * 512)  # self-attention and its norm, in their layers but never run
-    assert (trained + unused) / 1e6 == pytest.approx(13.8, abs=0.05)
+    assert found["trained_m"] + unused / 1e6 == pytest.approx(13.8, abs=0.05)
+    assert found["all_m"] - found["trained_m"] == pytest.approx(86.2, abs=0.1)  # ViT-B/16, frozen
 
 
 def test_dense_clip_and_head_by_hand(vit):
@@ -170,7 +171,7 @@ def test_dense_clip_and_head_by_hand(vit):
         return n * W * 12 * W + 2 * n * n * W  # qkv, out, MLP's two; q·k and its product with v
 
     tower, image = N * 3 * 16 * 16 * W + 12 * block(N + 1) + (N + 1) * W * D, torch.rand(1, 3, 512, 512)
-    dense = benchmark.gflops(benchmark.build(benchmark.DenseCLIP, vit, K).logits, image)["Global"]
+    dense = benchmark.gflops(benchmark.build("dense-clip", vit, K).logits, image)["Global"]
     assert dense == pytest.approx(2 * (tower + N * D * K) / 1e9, rel=1e-6)
     ours = benchmark.gflops(benchmark.build("resnet50", vit, K).logits, image)
     assert ours["ChimeraSeg.head"] == pytest.approx(2 * (N * C * W + block(N) + N * W * D) / 1e9, rel=1e-6)
@@ -217,16 +218,16 @@ def test_the_command_measures_and_writes(tiny_clip_file, tmp_path):
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert list(result["models"]) == ["dense CLIP", "ZegCLIP", "small"] and result["torch"] == torch.__version__
-    ours = result["models"]["small"]
-    assert ours["test"]["pictures_per_s"] > 0 and ours["train"]["images_per_s"] > 0
-    parts = ours["train"]["parts"]
-    assert tuple(parts) == benchmark.PARTS and sum(parts.values()) == pytest.approx(1)
+    assert list(result["test"]) == list(result["cost"]) == ["dense-clip", "zegclip", "small"]
+    assert all(found["pictures_per_s"] > 0 for found in result["test"].values())
+    found = result["train"]["small"]
+    assert tuple(found["parts"]) == benchmark.PARTS and sum(found["parts"].values()) == pytest.approx(1)
+    assert found["images_per_s"] > 0 and (result["torch"], result["commit"]) == (torch.__version__, study.commit())
 
 
 def test_label_of_a_peer_is_that_of_a_segmenter(tiny_clip):
     """Peers are labelled by the segmenter's own function; here one window at its own size."""
     picture = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
-    net = benchmark.build(benchmark.DenseCLIP, tiny_clip, 3)
+    net = benchmark.build("dense-clip", tiny_clip, 3)
     logits = torch.nn.functional.interpolate(net.logits(picture[None] / 255), (64, 64), mode="bilinear")
     assert torch.equal(models.ChimeraSeg.label(net, picture, 64, 64, 64)[0], logits[0].argmax(0).byte())
