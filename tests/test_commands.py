@@ -140,7 +140,7 @@ def test_optimiser_groups_and_learning_rate():
 
 @pytest.mark.parametrize("flags", ["--head linear", "--head random --frozen-blocks 2", "--sgd-weight 0 --sam-weight 0",
                                    "--frozen-blocks 0 --temperature 0.1 --k-end 1 --strict",
-                                   "--body mobilenet-v2 --body-weights none --steps 2", "--precision bf16"])
+                                   "--body mobilenet-v2 --body-weights none", "--precision bf16"])
 def test_every_switch_trains_and_evaluates(flags, run, root, base, monkeypatch):
     encode, teacher = clip.CLIP.encode_image, []
     monkeypatch.setattr(clip.CLIP, "encode_image", lambda *args: teacher.append(1) or encode(*args))

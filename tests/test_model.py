@@ -56,6 +56,7 @@ def test_controls_differ_from_the_head_in_what_they_say_alone(tiny_clip):
     csh, random, linear, again = heads
     for head in (random, linear):  # the same adapter, from the same weights
         assert all(torch.equal(*pair) for pair in zip(csh.adapter.parameters(), head.adapter.parameters()))
+    assert not torch.equal(random.adapter.project.weight, again.adapter.project.weight)  # of another seed
     assert linear.tail.weight.shape == (128, 96) and linear.tail.bias is None
     ours, theirs = csh.tail.state_dict(), random.tail.state_dict()
     assert ours.keys() == theirs.keys() and {key.split(".")[0] for key in ours} == {"resblocks", "ln_post", "proj"}
