@@ -4,7 +4,6 @@
     python data.py --dataset my_data          # the check alone: counts, mask values, a picture
 """
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ def check(source, picture=None):
         shown = {k for _, labels in samples for k in labels.unique().tolist()}
         names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
         rows = [[image, pictures.coloured(labels)] for image, labels in samples]
-        pictures.save(pictures.sheet(rows, ("image", "labels (white: no class)"), names), Path(picture))
+        pictures.save(pictures.sheet(rows, ("image", "labels (white: no class)"), names), picture)
     return remarks
 
 

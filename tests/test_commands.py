@@ -30,7 +30,7 @@ from toy import world
 
 CPU = torch.device("cpu")
 SHORT = ["--steps", 8, "--batch-size", 6, "--workers", 0, "--device", "cpu", "--precision", "fp32"]
-RESULT = {"gamma_0", "dataset", "images", "checkpoint", "unseen", "departures", "precision"}
+RESULT = {"gamma_0", "dataset", "images", "checkpoint", "unseen", "precision", "departures"}
 FIGURES = {"pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "IoU"}
 
 
@@ -140,7 +140,7 @@ def test_optimiser_groups_and_learning_rate():
 
 @pytest.mark.parametrize("flags", ["--head linear", "--head random --frozen-blocks 2", "--sgd-weight 0 --sam-weight 0",
                                    "--frozen-blocks 0 --temperature 0.1 --k-end 1 --strict",
-                                   "--body mobilenet-v2 --body-weights none --steps 2", "--precision bf16"])
+                                   "--body mobilenet-v2 --body-weights none", "--precision bf16"])
 def test_every_switch_trains_and_evaluates(flags, run, root, base, monkeypatch):
     encode, teacher = clip.CLIP.encode_image, []
     monkeypatch.setattr(clip.CLIP, "encode_image", lambda *args: teacher.append(1) or encode(*args))
@@ -180,8 +180,8 @@ def test_own_data_of_any_sizes_is_tested_at_one(root, tiny_clip_file, tmp_path, 
         Image.open(own / "masks" / path.name).resize(size, Image.NEAREST).save(own / "masks" / path.name)
     encode, label = clip.CLIP.encode_image, models.ChimeraSeg.label
     monkeypatch.setattr(clip.CLIP, "encode_image", lambda self, x: sizes.append(x.shape) or encode(self, x))
-    monkeypatch.setattr(models.ChimeraSeg, "label", lambda self, image, *test: sizes.append(test[:3]) or
-                        label(self, image, *test))
+    monkeypatch.setattr(models.ChimeraSeg, "label", lambda self, image, *test, **more: sizes.append(test[:3]) or
+                        label(self, image, *test, **more))
     flags = ["--dataset", own, "--clip", tiny_clip_file, "--body", "small", "--crop", 32, *SHORT, "--steps", 2]
     for module, args in ((train, flags + ["--out-dir", tmp_path / "out"]), (evaluate, ["--run", tmp_path / "out"])):
         status, text, words = run_inside(module, *args)
@@ -189,19 +189,23 @@ def test_own_data_of_any_sizes_is_tested_at_one(root, tiny_clip_file, tmp_path, 
     assert set(sizes) == {(6, 3, 64, 64), (32, 32, 27)}  # the teacher's views; tests, as VOC's at a crop of 32
 
 
-def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path):
+def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path, monkeypatch):
     tree, out = draw_tree("voc", tmp_path / "voc", val=1, sides=(64, 65)), tmp_path / "out"
     flags = ["--dataset", "voc", "--data-root", tree, "--clip", tiny_clip_file, "--body", "small", "--crop", 64, *SHORT]
     status, text, words = run_inside(train, *flags, "--steps", 2, "--strict", "--out-dir", out)
     assert status == 0, words
-    said = "steps 2 instead of 20000, batch size 6 instead of 16, crop 64 instead of 512"
+    said = "steps 2 instead of 20000, batch size 6 instead of 16, crop 64 instead of 512, " \
+        "images with unseen classes left out"
     assert text.index(f"\nnot the benchmark's protocol: {said}\n") < text.index("\ndata  ")
     assert "strict: 4 of 12 training images are left out" in text and "voc: 8 training images, 1 test images" in text
     assert read(out / "metrics.json")["departures"] == said
+    label, sides = models.ChimeraSeg.label, set()
+    monkeypatch.setattr(models.ChimeraSeg, "label", lambda self, image, *test, **more: sides.add(test[0]) or
+                        label(self, image, *test, **more))
     status, text, words = run_inside(evaluate, "--run", out, "--short-side", 32, "--unseen-only", "--save-predictions",
                                      tmp_path / "maps")
     result = read(out / "metrics.json")
-    assert status == 0 and result["departures"] == f"{said}, test short side 32", words
+    assert status == 0 and sides == {32} and result["departures"] == f"{said}, test short side 32", words
     assert set(result) == RESULT | {"unseen_only"}
     assert "labelled among these alone: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
 
@@ -238,7 +242,7 @@ def test_two_processes_train_and_test_like_one(run, root, base):
     for ranks in (1, 2):
         out = root / f"tested{ranks}"
         command(root, "evaluate.py", "--checkpoint", run[0] / "last.pt", "--out-dir", out, "--device", "cpu",
-                "--precision", "fp32", ranks=ranks)
+                ranks=ranks)
         assert read(out / "metrics.json") == read(run[0] / "metrics.json")
 
 
@@ -257,7 +261,7 @@ def downloads(folder, tiny):
     torch.hub.download_url_to_file = torch.hub.load_state_dict_from_url = fetch
     processes.start("cpu")
     clip.load("ViT-B/32")
-    norm = bodies.build_body("mobilenet-v2").backbone.features[0][1]
+    norm = next(part for part in bodies.build_body("mobilenet-v2").modules() if isinstance(part, nn.BatchNorm2d))
     norm.running_mean.fill_(processes.rank())
     train.share_statistics(norm)
     assert norm.running_mean.eq(0).all()  # the first process's: all test with them
@@ -270,14 +274,18 @@ def test_the_first_process_downloads_and_the_others_find_the_file(tmp_path, tiny
 
 
 @pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "fp32")])
-def test_bf16_on_a_cpu_is_for_amx(amx, precision, run, monkeypatch, tmp_path):
+def test_bf16_on_a_cpu_is_for_amx_and_a_test_has_its_runs_precision(amx, precision, run, root, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    logits, seen = models.ChimeraSeg.logits, set()
+    args = train.parse(["--data-root", str(root / "toy")])
+    train.open_source(args, CPU)
+    assert args.precision == precision and processes.fast_precision(torch.device("mps")) == "fp32"
+    logits, seen, saved = models.ChimeraSeg.logits, set(), state(run[0])
     monkeypatch.setattr(models.ChimeraSeg, "logits", lambda *args: seen.add(torch.is_autocast_enabled("cpu"))
                         or logits(*args))
-    assert run_inside(evaluate, "--run", run[0], "--device", "cpu", "--out-dir", tmp_path)[0] == 0
+    saved["config"]["precision"] = precision
+    torch.save(saved, tmp_path / "last.pt")
+    assert run_inside(evaluate, "--checkpoint", tmp_path / "last.pt", "--device", "cpu")[0] == 0
     assert read(tmp_path / "metrics.json")["precision"] == precision and seen == {amx}
-    assert processes.fast_precision(torch.device("mps")) == "fp32"
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch
     assert processes.fast_precision(CPU) == "fp32"
 
@@ -286,7 +294,7 @@ def test_bf16_on_a_cpu_is_for_amx(amx, precision, run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("module, args, message", [
-    (train, ["--dataset", "nowhere", "--data-root", "nowhere"], "no data set or folder nowhere"),
+    (train, ["--dataset", "nowhere", "--data-root", "nowhere"], "nowhere is no data set, and there is no folder"),
     (train, ["--clip", "ViT-B/17"], "ViT-B/32"),
     (train, ["--frozen-blocks", 9], "this CLIP has 0 to 4"),
     (train, ["--k-end", 1.5], "--k-end is 1.5: expected 0 to 1"),
@@ -349,7 +357,7 @@ def by_colour(images):
     return logits
 
 
-def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path):
+def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path, monkeypatch):
     source = sources.open_dataset("voc", draw_tree("voc", tmp_path / "voc", train=2))
     source.recipe = sources.Recipe(1, short_side=60, window=200, stride=200)
     model, unseen = segmenter(by_colour, 20), sorted(source.unseen)
@@ -375,6 +383,10 @@ def test_calibration_and_unseen_only_stand_beside_the_joint_figure(tmp_path):
         pytest.approx(value) if value == value else None for value in iou.tolist()]
     assert ours["mIoU"] == pytest.approx(iou.nanmean().item()) and ours["pAcc"] > 90 > result["gamma_0"]["pAcc"]
     assert result["calibrated"]["mIoU_unseen"] != result["gamma_0"]["mIoU_unseen"]
+    for module, name, value in ((processes, "world_size", 2), (processes, "rank", 1), (evaluate.dist, "all_reduce", 0)):
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    evaluate.evaluate(model, source, CPU, "fp32", predictions=tmp_path / "half")  # the second of two processes
+    assert [path.stem for path in (tmp_path / "half").iterdir()] == [source.val[1][0]]
 
 
 def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
