@@ -44,7 +44,7 @@ class TorchvisionBody(nn.Module):
         return [s.permute(0, 3, 1, 2) for s in stages] if self.channels_last else list(stages)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, 256, ⌈H/stride⌉, ⌈W/stride⌉)"""
+        """(B, 3, H, W) -> (B, 256, h, w), about H/stride × W/stride (ConvNeXt rounds down, the others up)"""
         stages = [lateral(s) for lateral, s in zip(self.lateral, self.stages(x))]
         size = stages[self.level].shape[-2:]
         return self.fuse(torch.cat([F.interpolate(s, size, mode="bilinear", align_corners=False) for s in stages], 1))
