@@ -2,7 +2,7 @@
 
 SGD is Selective Global Distillation, SAM the Semantic Alignment Module: see losses.py.
 
-    python train.py                                           # the embedded default: 3 minutes on two CPU cores
+    python train.py                                           # the embedded default, minutes on two CPU cores
     python train.py --dataset voc                             # docs/data.md says how to get the files
     python train.py --dataset my_data --body segnext-b        # own data
     torchrun --nproc-per-node 4 train.py --dataset voc        # one process a GPU
