@@ -20,23 +20,23 @@ from sources import INVALID
 from sources.files import read_pair
 from support.command import Signals
 
-PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the picture
+PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the image
 PADDING = INVALID  # label of such pixels, which no mask has, until `split_padding`
 MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class, or with none, are drawn again, ten times at most
 
 
 def augment(image, labels, recipe, view_size):
-    """Random scale, crop, flip and photometric distortion (FIELD) of a picture and its labels together.
+    """Random scale, crop, flip and photometric distortion (FIELD) of an image and its labels together.
 
     image uint8 (3, H, W), labels uint8 (H, W) -> three uint8 tensors:
-      crop    (3, crop, crop); where the scale drawn leaves the picture smaller, padded to the right and below
+      crop    (3, crop, crop); where the scale drawn leaves the image smaller, padded to the right and below
       labels  (crop, crop), PADDING in the padding
       view    (3, view_size, view_size), what the teacher sees: the same window, flip and colours, without padding.
               OURS: squeezed to CLIP's square, so the aspect ratio is not kept: views stack, and all of the crop is seen
-    The window is cut before it is resized: the same picture as resizing first, for a fraction of the work."""
+    The window is cut before it is resized: the same image as resizing first, for a fraction of the work."""
     H, W = labels.shape
     factor = recipe.crop / min(H, W) * torch.empty(()).uniform_(*recipe.scale).item()  # pixels out per pixel in
-    side = math.ceil(recipe.crop / factor)  # of the window, in the picture's pixels
+    side = math.ceil(recipe.crop / factor)  # of the window, in the image's pixels
     h, w = min(side, H), min(side, W)
     for _ in range(10):
         top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
@@ -60,7 +60,7 @@ def augment(image, labels, recipe, view_size):
 
 def split_padding(labels, grid):
     """Labels (B, H, W) of crops, the size (h, w) of a grid -> labels with IGNORE in the padding, and bool (B, N): which
-    positions lie in the picture."""
+    positions lie in the image."""
     padding = labels == PADDING
     outside = F.interpolate(padding[:, None].float(), grid, mode="nearest-exact").flatten(1)
     return labels.masked_fill(padding, IGNORE), outside == 0
@@ -86,7 +86,7 @@ def distort(image):
 
 
 class TrainSet(Dataset):
-    """Item (position, i): the crop, labels and view of picture i, drawn from (seed, position) alone.
+    """Item (position, i): the crop, labels and view of image i, drawn from (seed, position) alone.
 
     So a batch depends on neither the workers, nor the number of processes, nor an interruption. Labels are indexes
     among the seen classes: the look-up table makes unseen ones IGNORE before anything else reads them."""
@@ -137,7 +137,7 @@ def train_loader(dataset, steps, workers, device):
 
 
 class ValSet(Dataset):
-    """Whole pictures with all classes: uint8 image (3, H, W), labels (H, W), name. Each rank its part, no repeats."""
+    """Whole images with all classes: uint8 image (3, H, W), labels (H, W), name. Each rank its part, no repeats."""
 
     def __init__(self, source, rank=0, ranks=1):
         self.files, self.classes = source.val[rank::ranks], len(source.classes)

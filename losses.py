@@ -3,7 +3,7 @@
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
 t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) of unit length, τ temperatures.
 Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes, so no label of an unseen
-class reaches a loss. (L_sgd reads no labels: it selects among all positions of the picture.)
+class reaches a loss. (L_sgd reads no labels: it selects among all positions of the image.)
 
 Half-precision input is taken to fp32: call the losses outside autocast, which would undo that.
 With several processes every loss is scaled so that DDP's mean of the gradients is the gradient of the loss over the
@@ -96,16 +96,16 @@ def upsampled_rows(logits, size, rows):
 
 
 def k_at(step, steps, inside, end_share):
-    """k_b(t) = ⌈share(t) · N_b⌉, N_b the positions of picture b; share falls from 1 to `end_share` = r_end.
+    """k_b(t) = ⌈share(t) · N_b⌉, N_b the positions of image b; share falls from 1 to `end_share` = r_end.
 
-    inside: bool (B, N), the positions that lie in the picture and not in the padding -> int (B,).
-    FACT: k falls. OURS: linearly; a share of each picture's own positions. end_share = 1 distils all of them."""
+    inside: bool (B, N), the positions that lie in the image and not in the padding -> int (B,).
+    FACT: k falls. OURS: linearly; a share of each image's own positions. end_share = 1 distils all of them."""
     share = 1 - (1 - end_share) * step / max(steps - 1, 1)
     return (share * inside.sum(1) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, despite rounding
 
 
 def select(a, k, inside):
-    """S_t: the k_b positions of largest a inside each picture. a (B, N), k (B,), inside (B, N) -> 1 or 0, (B, N)."""
+    """S_t: the k_b positions of largest a inside each image. a (B, N), k (B,), inside (B, N) -> 1 or 0, (B, N)."""
     order = a.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True)
     chosen = torch.arange(a.shape[1], device=a.device) < k[:, None]  # the first k_b of that order
     return torch.zeros_like(a).scatter(1, order, chosen.to(a.dtype)) * inside

@@ -17,7 +17,7 @@ from support.checkpoint import read_checkpoint
 from support.processes import autocast, from_first
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ENLARGED = 8  # times, at most, before the test: otherwise a very thin picture needs unbounded memory
+ENLARGED = 8  # times, at most, before the test: otherwise a very thin image needs unbounded memory
 SETTINGS = ("body", "body_weights", "head", "frozen_blocks", "temperature")  # of a run, which `build` takes
 
 
@@ -63,7 +63,7 @@ class ChimeraSeg(nn.Module):
 
     @torch.inference_mode()
     def label(self, image, short_side, window, stride, lowered=None, threshold=-1.0, precision="fp32"):
-        """Labels a whole picture: sliding windows, logits averaged where they overlap, argmax at its own size.
+        """Labels a whole image: sliding windows, logits averaged where they overlap, argmax at its own size.
 
         image       uint8 (3, H, W); resized to `short_side` for the test. window, stride: pixels of that size
         lowered     (G, K), what is subtracted from the logits: one label map for each of the G rows; default 0
@@ -117,7 +117,7 @@ def starts(size, window, stride):
 def axis_weights(size, window, stride, cells, out):
     """The matrix (out, cells) from one axis of the windows' grids, `cells` values end to end, to `out` pixels.
 
-    Bilinear in each window of a picture of `size` pixels, their mean where they overlap, bilinear to `out`."""
+    Bilinear in each window of an image of `size` pixels, their mean where they overlap, bilinear to `out`."""
     weights, begins = torch.zeros(size, cells), starts(size, window, stride)
     cells = cells // len(begins)  # of one window
     for start, part in zip(begins, weights.split(cells, dim=1)):

@@ -1,10 +1,10 @@
-"""Labels pictures with any words: every pixel gets the class whose words are nearest to it.
+"""Labels images with any words: every pixel gets the class whose words are nearest to it.
 
-    python predict.py                                               # a test picture, the run's own classes
+    python predict.py                                               # a scene of emoji, words without any mask
     python predict.py photo.jpg holiday/ --classes "cat, sofa|couch, potted plant" --other
 
-For each picture: NAME.overlay.png (colours, names and shares over it), NAME.mask.png (class indexes in a palette, 255:
-none) and NAME.json (shares of the classes). A file that is no picture is named and skipped; the exit status is then 1.
+For each image: NAME.overlay.png (colours, names and shares over it), NAME.mask.png (class indexes in a palette, 255:
+none) and NAME.json (shares of the classes). A file that is no image is named and skipped; the exit status is then 1.
 
     from predict import segment
     labels, names = segment("photo.jpg", "cat, sofa|couch, potted plant")   # uint8 (H, W), 255: none; 3 names
@@ -27,7 +27,7 @@ from support.checkpoint import atomic, newest_run, read_checkpoint
 from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of pictures in a folder
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of images in a folder
 
 
 def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None,
@@ -40,7 +40,7 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     threshold   cosine of pixel and words below which a pixel is 255
     gamma       taken off the logits of classes that the run trained on
     clip_file   where the run's CLIP lies now; by default where it lay in training
-    short_side  pixels, to which the picture is resized; as in the run's test by default
+    short_side  pixels, to which the image is resized; as in the run's test by default
     precision   bf16 or fp32; by default bf16 where it is faster
     Raises DataError, ModelError, CLIPError, CheckpointError."""
     device = processes.start(device)
@@ -94,13 +94,13 @@ def find(paths):
     for path in paths:
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise DataError(f"no picture in {path}: expected files that end in {', '.join(SUFFIXES)}")
+            raise DataError(f"no image in {path}: expected files that end in {', '.join(SUFFIXES)}")
         files += inside
     return files
 
 
 def write(image, labels, names, out, stem, about):
-    """The three files of one picture -> {class: share of the pixels}, "none" for those without a class."""
+    """The three files of one image -> {class: share of the pixels}, "none" for those without a class."""
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[IGNORE] / labels.numel()
@@ -114,11 +114,12 @@ def write(image, labels, names, out, stem, about):
 def main(args):
     checkpoint, _ = written(args.run)
     out = args.out_dir or checkpoint.parent / "predictions"
-    files = find(args.pictures)
+    files = find(args.images)
     if not files:
-        config = read_checkpoint(checkpoint)["config"]
-        files = [Path(open_run_dataset(config).val[0][1])]
-        print(f"no picture named: a test picture of {config['dataset']}")
+        source = open_run_dataset(read_checkpoint(checkpoint)["config"])
+        image, words = source.demo or (source.val[0][1], None)
+        files, args.classes = [Path(image)], args.classes or words
+        print(f"no image named: one of {source.name}")
     skipped, stems = 0, set()
     for file in files:
         try:
@@ -139,13 +140,13 @@ def main(args):
         print(f"{file}: {', '.join(most)}\n"
               f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
-        raise DataError(f"{skipped} of {len(files)} pictures skipped")
+        raise DataError(f"{skipped} of {len(files)} images skipped")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE|FOLDER", help="by default the first test "
-                        "picture of the run's data set: a scene of the toy world after a bare `python train.py`")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE|FOLDER", help="by default an image of the "
+                        "run's data set: after a bare `python train.py` a scene of emoji that no mask ever showed")
     group = parser.add_argument_group("classes").add_argument
     group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (default: the run's own)")
     group("--other", action="store_true", help=f'also set "{OTHER}" against them; what it wins gets no class')
@@ -156,7 +157,7 @@ def parse(argv=None):
     group = parser.add_argument_group("run").add_argument
     group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
     group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
-    group("--short-side", type=int, metavar="PIXELS", help="pictures are resized to it (default: as in the run's test)")
+    group("--short-side", type=int, metavar="PIXELS", help="images are resized to it (default: as in the run's test)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
     group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")

@@ -96,7 +96,7 @@ def main(args):
         with processes.autocast(device, args.precision):
             z = student(crops.float() / 255)  # (B, D, h, w)
             c = cls_embeddings(teacher, views) if args.sgd_weight else z.new_empty(0, z.shape[1])  # (B, D)
-        labels, inside = data.split_padding(labels, z.shape[2:])  # inside (B, N): positions of the picture
+        labels, inside = data.split_padding(labels, z.shape[2:])  # inside (B, N): positions of the image
         k = losses.k_at(step, args.steps, inside, args.k_end)  # (B,)
 
         loss_seg = losses.cross_entropy_loss(z, t, labels, tau)

@@ -33,7 +33,7 @@ def load(name_or_path):
 
     A file holds one CLIP, in any format of formats.py and any names of names.py. In a folder it has one of the names in
     WEIGHTS, and a file of such a name is read with the config beside it. Without a config, what no shape tells
-    (activation, heads, mean and std of pictures) is as in OpenAI's files, and `remark` says so. Raises CLIPError."""
+    (activation, heads, mean and std of images) is as in OpenAI's files, and `remark` says so. Raises CLIPError."""
     if str(name_or_path) in MODELS:
         with first_on_machine():
             path = download(str(name_or_path))

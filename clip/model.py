@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from support import UserError
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's statistics of pictures, RGB in [0, 1]
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's statistics of images, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64  # in every tower of OpenAI's: heads = width / 64
 
 
 class CLIPError(UserError):
-    """A CLIP file, name, picture or text that cannot be used; the message says what to do."""
+    """A CLIP file, name, image or text that cannot be used; the message says what to do."""
 
 
 class Attention(nn.Module):

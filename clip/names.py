@@ -55,7 +55,7 @@ def openai_names(tensors):
 
 def read_config(path):
     """config.json or open_clip_config.json -> arguments of clip.CLIP: what no shape tells (activation, heads, mean and
-    std of pictures) and, to be compared, width and layers of both towers. Raises CLIPError."""
+    std of images) and, to be compared, width and layers of both towers. Raises CLIPError."""
     try:
         config = read_json(path)
         if "model_cfg" in config:

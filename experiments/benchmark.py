@@ -2,10 +2,10 @@
 
     python -m experiments.benchmark                                    # CPU or the GPU that is there; VOC's recipe
     python -m experiments.benchmark --bodies segnext-b --classes 171 --batch-size 16 --device cuda
-    python -m experiments.benchmark --bodies small --clip toy/clip.pt --crop 64 --batch-size 32 --picture 64 64
+    python -m experiments.benchmark --bodies small --clip toy/clip.pt --crop 64 --batch-size 32 --image 64 64
 
-train   train.py's step on crops of a drawn 640×480 picture: images/s, share of each part, peak memory
-test    a picture's label map, as evaluate.py makes it: pictures/s, peak memory
+train   train.py's step on crops of a drawn 640×480 image: images/s, share of each part, peak memory
+test    an image's label map, as evaluate.py makes it: images/s, peak memory
 cost    GFLOPs of one crop (a multiply-add counted as 2; papers mostly count it as 1), parameters
 `step` is the loop of train.py, with its losses and defaults and a clock. Writes experiments/results/benchmark.json.
 """
@@ -151,7 +151,7 @@ class Memory:
 
 
 def drawn(folder, classes, crop):
-    """A data set of 64 times one drawn 640×480 picture, a JPEG and a PNG mask in `folder`, at VOC's recipe."""
+    """A data set of 64 times one drawn 640×480 image, a JPEG and a PNG mask in `folder`, at VOC's recipe."""
     rng = np.random.RandomState(0)
     blobs = Image.fromarray(rng.randint(256, size=(15, 20, 3)).astype(np.uint8)).resize((640, 480), Image.BICUBIC)
     mask = Image.fromarray(rng.randint(classes, size=(12, 16)).astype(np.uint8)).resize((640, 480), Image.NEAREST)
@@ -211,18 +211,18 @@ def training(body, teacher, source, args, device):
 
 
 def testing(nets, recipe, args, device):
-    """{name: model} -> {name: {"pictures_per_s", "peak_mb"}}; in each round all label the same picture in turn."""
-    picture = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.picture)).astype(np.uint8))
+    """{name: model} -> {name: {"images_per_s", "peak_mb"}}; in each round all label the same image in turn."""
+    image = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.image)).astype(np.uint8))
     times, peaks = {name: [] for name in nets}, {}
     for _ in range(args.repeats + 1):
         for name, net in nets.items():
             with Memory(device, net) as peak:
                 start = now(device)
-                models.ChimeraSeg.label(net, picture, recipe.short_side, recipe.window, recipe.stride,
+                models.ChimeraSeg.label(net, image, recipe.short_side, recipe.window, recipe.stride,
                                         precision=args.precision)
                 times[name].append(now(device) - start)
             peaks[name] = peak.mb
-    return {name: {"pictures_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}
+    return {name: {"images_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}
 
 
 def build(name, teacher, classes):
@@ -270,11 +270,11 @@ def parse(argv=None):
           metavar="BODY", help=f"of {', '.join(bodies.BODIES)} (default: three of them)")
     group("--clip", metavar="NAME|FILE", help="teacher and head (default: ViT-B/16's shape with random weights)")
     group("--crop", type=int, default=512, help="pixels a side in training; the test's sizes follow (default: 512)")
-    group("--picture", type=int, nargs=2, default=[375, 500], metavar=("H", "W"), help="at test (default: 375 500)")
+    group("--image", type=int, nargs=2, default=[375, 500], metavar=("H", "W"), help="at test (default: 375 500)")
     group("--classes", type=int, default=20, help="(default: 20, VOC's)")
     group("--batch-size", type=int, help="(default: 2 on a CPU, else 16)")
     group("--workers", type=int, default=2, help="loader processes (default: 2)")
-    group("--repeats", type=int, default=10, help="steps and pictures that are timed (default: 10)")
+    group("--repeats", type=int, default=10, help="steps and images that are timed (default: 10)")
     group("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
     group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
     group("--out", type=Path, default=ROOT / "experiments/results/benchmark.json", metavar="FILE",

@@ -1,13 +1,13 @@
-"""The controlled comparison on the embedded default: train.py with and without a part, on several drawn worlds.
+"""The controlled comparison on the embedded default: train.py with and without a part, on several worlds.
 
     python -m experiments.study                                       # the five ROWS on worlds 0 to 7, seed 0
     python -m experiments.study --worlds 0 --seeds 0 1 2              # the noise of a run
     python -m experiments.study --worlds 8 9 10 11 --rows "full --sgd-weight 0.1" "full --k-end 0.3"   # a search
-    python -m experiments.study --worlds 0 1 2 --rows "full pictures=250" "linear pictures=250"        # a hypothesis
+    python -m experiments.study --worlds 0 1 2 --rows "full images=250" "linear images=250"        # a hypothesis
     python -m experiments.study --report                              # docs/results.md and .png from what is there
 
-A row is a name of ROWS. After it may stand flags of train.py, and changes of the data: pictures=N keeps the first N
-training pictures, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
+A row is a name of ROWS. After it may stand flags of train.py, and changes of the data: images=N keeps the first N
+training images, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
 unseen classes; world N lies in data/toy-N and is drawn where it is missing.
 Each run is a process of one thread, two run at a time. A finished run is a line of experiments/results/study.jsonl, so
 the study goes on where it was interrupted. All lines of that file are of one state of METHOD's files (comments apart)
@@ -73,11 +73,11 @@ def method_hash():
 
 
 def split_row(row):
-    """"linear pictures=250 --lr 1e-3" -> {"pictures": 250}, all its flags for train.py"""
+    """"linear images=250 --lr 1e-3" -> {"images": 250}, all its flags for train.py"""
     name, *more = row.split()
     if name not in ROWS:
         raise UserError(f"no row {name!r}: choose {', '.join(ROWS)}")
-    changes = [re.fullmatch(r"(pictures|seen)=(\d+)", word) for word in more]
+    changes = [re.fullmatch(r"(images|seen)=(\d+)", word) for word in more]
     return {c[1]: int(c[2]) for c in changes if c}, ROWS[name][1] + [word for word, c in zip(more, changes) if not c]
 
 
@@ -96,7 +96,7 @@ def draw(seed, changes):
         if not (changed / part).exists():
             (changed / part).symlink_to((root / part).resolve())
     lists = {name: read_lines(root / name) for name in ("train.txt", "val.txt", "classes.txt", "unseen.txt")}
-    lists["train.txt"] = lists["train.txt"][:changes.get("pictures")]
+    lists["train.txt"] = lists["train.txt"][:changes.get("images")]
     if "seen" in changes:  # the first ones of a shuffled list, so that 4 of them are among 8
         seen = [name for name in lists["classes.txt"] if name not in lists["unseen.txt"]]
         lists["unseen.txt"] += list(np.random.RandomState(seed).permutation(seen)[changes["seen"]:])
@@ -211,8 +211,7 @@ def report(lines):
             (row, ROWS[row.split()[0]][0], len(by_world(lines, row, "hIoU")),
              *(mean_std(by_world(lines, row, key)) for key in SCORES), f"`{first[row]['command']}`") for row in rows]),
         "Full − row, pairs of one world and seed, with the 95 % interval of Student's t over worlds; bold where 0 lies "
-        "outside. The last three are mean IoU of unseen classes by what is new of them: the four things of a colour "
-        "that no mask shows, four pairs of known words, a ground.",
+        "outside. The last two are mean IoU of the unseen things and of the unseen grounds.",
         markdown(("full − row", "worlds", *SCORES.values(), *kinds), [
             (row, len(gains(lines, row, "hIoU")), *(interval(gains(lines, row, key)) for key in (*SCORES, *kinds)))
             for row in rows if row != "full" and gains(lines, row, "hIoU")]),

@@ -53,6 +53,7 @@ class DataSource:
     recipe: Recipe
     void: tuple = (255,)  # raw mask values without a class: no loss, not scored
     expected: tuple = ()  # a benchmark's numbers of training and test images; empty for own data
+    demo: tuple = ()  # image and words of `python predict.py` alone; else a test image, the run's classes
 
     def __post_init__(self):
         if len(self.seen) < 2:

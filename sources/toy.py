@@ -1,7 +1,8 @@
-"""The embedded default: the drawn world of toy/world.py, in the layout of own data."""
+"""The embedded default: the scenes of emoji of toy/world.py, in the layout of own data."""
 import contextlib
 
 from sources.dataset import Recipe
+from sources.files import DataError
 from sources.folder import open_folder
 from toy import world
 
@@ -11,7 +12,12 @@ TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, sca
 
 def open_toy(root):
     if root == world.ROOT and not root.exists():
-        print(f"drawing the toy world into {root} …", flush=True)
+        print(f"drawing scenes of emoji into {root} …", flush=True)
         with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
             world.write(root)
-    return open_folder(root, "toy", world.TEMPLATES, TOY)
+    source = open_folder(root, "toy", world.TEMPLATES, TOY)
+    if source.classes != world.CLASSES:
+        raise DataError(f"{root} is not of this version's toy: take it away, and it is drawn anew; to train on it as "
+                        f"it is, use --dataset {root}")
+    source.demo = (root / "demo.png", (*world.DEMO, *world.STUFF))
+    return source

@@ -41,7 +41,7 @@ class Log:
                  f"{args.precision}, into {self.out}/")
 
     def step(self, step, numbers, k, lr):
-        seconds, k = time.time() - self.start, k.float().mean().item()  # of the first process's pictures
+        seconds, k = time.time() - self.start, k.float().mean().item()  # of the first process's images
         if self.warm:  # the first step, which starts all up, is left out
             pace = (seconds - self.warm[1]) / (step - self.warm[0])
             eta = timedelta(seconds=round(pace * (self.steps - step - 1)))

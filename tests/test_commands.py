@@ -22,6 +22,7 @@ import data
 import evaluate
 import losses
 import model as models
+import predict
 import sources
 import train
 from clip import loading
@@ -84,7 +85,7 @@ def test_a_run_leaves_its_files_and_says_what_it_does(run):
     assert Image.open(out / "preview.png").size[0] == 3 * 192
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
-    assert re.search("data .*20 training images, 5 test images\nclasses 17 seen, 9 unseen: .*\nmodel .*small body, csh "
+    assert re.search("data .*20 training images, 5 test images\nclasses 21 seen, 7 unseen: .*\nmodel .*small body, csh "
                      "head: .* trained, .* frozen.*\nrun .*8 steps of 6 images on 1 × cpu, fp32", text)
     saved = state(out)  # small, plain, without CLIP
     assert {key.split(".")[0] for key in saved["model"]} == {"head", "body"} and saved["step"] == 8
@@ -208,6 +209,23 @@ def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path, monkeypa
     assert status == 0 and sides == {32} and result["departures"] == f"{said}, test short side 32", words
     assert set(result) == RESULT | {"unseen_only"}
     assert "labelled among these alone: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
+
+
+def test_predict_alone_labels_a_scene_of_what_no_mask_showed(run, root, tmp_path):
+    text = run_inside(predict, "--run", run[0], "--out-dir", tmp_path, "--device", "cpu")[1]
+    found = read(tmp_path / "demo.json")
+    assert text.startswith("no image named: one of toy\n") and found["picture"] == str(root / "toy/demo.png")
+    assert list(found["classes"]) == [*world.DEMO, *world.STUFF] and sum(found["classes"].values()) == pytest.approx(1)
+    run_inside(predict, "--run", run[0], "--out-dir", tmp_path, "--device", "cpu", "--classes", "cat, dog")
+    assert list(read(tmp_path / "demo.json")["classes"]) == ["cat", "dog"]
+
+
+def test_a_world_of_another_version_is_not_trained_on(root, tmp_path):
+    old = shutil.copytree(root / "toy", tmp_path / "old")
+    (old / "classes.txt").write_text("\n".join(f"red {name}" for name in world.CLASSES))
+    (old / "unseen.txt").unlink()
+    with pytest.raises(sources.DataError, match="old is not of this version's toy: take it away"):
+        sources.open_dataset("toy", old)
 
 
 # ---------------------------------------------------------------- interrupted, resumed, many processes
@@ -393,16 +411,16 @@ def test_on_other_data_what_the_run_had_masks_of_is_seen(run, root, tmp_path):
     """Another world calls other classes unseen, and a list of other names shares some words with the run's."""
     before = (run[0] / "metrics.json").read_text()
     other = shutil.copytree(root / "toy", tmp_path / "other")
-    (other / "unseen.txt").write_text("red circle\n")
+    (other / "unseen.txt").write_text("dog\n")
     flags = ["--run", run[0], "--device", "cpu"]
     text = run_inside(evaluate, *flags, "--data-root", other)[1]
-    assert re.findall(r"^(\w+ \w+) \*", text, re.M) == world.unseen(0) != ["red circle"]
-    names = ["disk, red_circle", "purple ring", *(f"other {name}" for name in world.CLASSES[2:])]
+    assert re.findall(r"^(\w[\w ]*) \*", text, re.M) == world.unseen(0) != ["dog"]
+    names = ["plane, aero_plane", "sheep", *(f"other {name}" for name in world.CLASSES[2:])]
     (other / "classes.txt").write_text("\n".join(names) + "\n")
     (other / "unseen.txt").unlink()
     text = run_inside(evaluate, *flags, "--dataset", other, "--gamma", 0.5)[1]
-    assert re.search("^disk, red_circle  ", text, re.M) and text.count(" * ") == 25 and "γ=0.5" in text
-    assert "25 of 26 classes are unseen: training named no word of them" in text
+    assert re.search("^plane, aero_plane  ", text, re.M) and text.count(" * ") == 27 and "γ=0.5" in text
+    assert "27 of 28 classes are unseen: training named no word of them" in text
     assert (run[0] / "metrics.json").read_text() == before
     assert read(run[0] / "other/metrics.json")["dataset"] == str(other)
     saved = state(run[0])

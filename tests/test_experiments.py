@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import run_inside
 from PIL import Image
 
 import clip
@@ -14,7 +15,7 @@ import data
 import losses
 import model as models
 import train
-from experiments import benchmark, study
+from experiments import benchmark, figures, study
 from support import UserError
 from toy import world
 
@@ -42,7 +43,7 @@ def places(tmp_path, monkeypatch):
     return runs
 
 
-def line(row, world_seed, seed, seen, unseen, hiou, kinds=(0, 0, 0), **more):
+def line(row, world_seed, seed, seen, unseen, hiou, kinds=(0, 0), **more):
     iou = {name: value for names, value in zip(world.unseen_kinds(world_seed).values(), kinds) for name in names}
     return {"row": row, "world": world_seed, "seed": seed, "precision": "fp32", "method": "m1", "commit": "c1",
             "command": f"python train.py --seed {seed}", "seconds": 1800, "IoU": iou,
@@ -55,19 +56,19 @@ def write(*lines):
 
 
 def test_the_report_by_hand():
-    lines = [line("full", 0, 0, 70, 50, 58, (40, 60, 90)), line("full", 0, 1, 70, 54, 62, (40, 60, 90)),
-             line("full", 1, 0, 80, 40, 53, (20, 50, 80)), line("full", 2, 0, 75, 45, 55, (30, 50, 70)),
-             line("linear", 0, 1, 68, 44, 52, (30, 58, 90)), line("linear", 1, 0, 80, 30, 44, (10, 52, 81)),
-             line("linear", 2, 0, 75, 36, 46, (17, 50, 73)), line("linear", 3, 0, 0, 0, 0),
-             line("full pictures=9", 1, 0, 60, 20, 30), line("linear pictures=9", 1, 0, 60, 18, 28)]
+    lines = [line("full", 0, 0, 70, 50, 58, (60, 90)), line("full", 0, 1, 70, 54, 62, (60, 90)),
+             line("full", 1, 0, 80, 40, 53, (50, 80)), line("full", 2, 0, 75, 45, 55, (50, 70)),
+             line("linear", 0, 1, 68, 44, 52, (58, 90)), line("linear", 1, 0, 80, 30, 44, (52, 81)),
+             line("linear", 2, 0, 75, 36, 46, (50, 73)), line("linear", 3, 0, 0, 0, 0),
+             line("full images=9", 1, 0, 60, 20, 30), line("linear images=9", 1, 0, 60, 18, 28)]
     text = study.report(lines)
     # worlds 60, 53, 55: world 0 counts once, with the mean of its seeds
     assert "| full | the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | `python train" in text
     # hIoU: 62 − 52 of the seed that both have, 9, 9; ± 4.303 · 0.577 / √3. World 3 has no full
     assert ("| linear | 3 | +0.7 [-2.2, +3.5] | **+9.7 [+8.2, +11.1]** | **+9.3 [+7.9, +10.8]** | "
-            "**+11.0 [+6.7, +15.3]** | +0.0 [-5.0, +5.0] | -1.3 [-5.1, +2.5] |") in text
-    assert "| linear pictures=9 | 1 | +0.0 | +2.0 | +2.0 |" in text  # against full of as many pictures
-    assert "| full pictures=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
+            "+0.0 [-5.0, +5.0] | -1.3 [-5.1, +2.5] |") in text
+    assert "| linear images=9 | 1 | +0.0 | +2.0 | +2.0 |" in text  # against full of as many pictures
+    assert "| full images=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
     assert "10 runs, each of one thread in fp32, 5.0 hours together. Commit c1, method m1." in text
 
@@ -103,10 +104,10 @@ def test_changes_of_the_data(places):
     study.DATA.mkdir()
     read = lambda folder, name: (folder / name).read_text().splitlines()  # noqa: E731
     root = study.draw(1, {})
-    few, fewer = study.draw(1, {"seen": 8}), study.draw(1, {"pictures": 5, "seen": 4})
+    few, fewer = study.draw(1, {"seen": 8}), study.draw(1, {"images": 5, "seen": 4})
     assert read(fewer, "train.txt") == read(root, "train.txt")[:5] and read(few, "train.txt") == read(root, "train.txt")
     seen = [set(world.CLASSES) - set(read(folder, "unseen.txt")) for folder in (root, few, fewer)]
-    assert [len(names) for names in seen] == [17, 8, 4] and seen[0] > seen[1] > seen[2]
+    assert [len(names) for names in seen] == [21, 8, 4] and seen[0] > seen[1] > seen[2]
     assert (fewer / "images" / (read(fewer, "train.txt")[0] + ".png")).exists()
     (study.DATA / "toy-2").symlink_to(root)
     with pytest.raises(UserError, match="toy-2 is not world 2"):
@@ -144,6 +145,33 @@ def test_the_hash_sees_code_and_passes_over_comments(tmp_path, monkeypatch):
     assert study.method_hash() == before
     (tmp_path / "losses.py").write_text(text.replace("TAU_G = 0.07", "TAU_G = 0.08"))
     assert study.method_hash() != before
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_a_heat_map_and_its_outline_pixel_by_pixel():
+    image = figures.heat(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), 0, 1)
+    assert image.size == (figures.SIDE, figures.SIDE)
+    assert image.getpixel((10, 10)) == tuple(figures.RAMP[0]) and image.getpixel((10, 180)) == tuple(figures.RAMP[-1])
+    assert image.getpixel((180, 180)) == image.getpixel((10, 180))  # clamped
+    half = figures.SIDE // 2
+    figures.outline(image, torch.tensor([[True, True], [False, False]]))
+    assert image.getpixel((half // 2, half)) == image.getpixel((half // 2, 0)) == figures.EDGE
+    assert image.getpixel((half, half // 2)) == tuple(figures.RAMP[0])  # no line between two that are both chosen
+
+
+def test_the_figures_of_a_run(tmp_path, monkeypatch):
+    world.write(tmp_path / "toy", train=12, val=2)
+    run_inside(train, "--data-root", tmp_path / "toy", "--out-dir", tmp_path / "run", "--device", "cpu", "--workers", 0,
+               "--steps", 3, "--save-every", 2, "--batch-size", 2, "--k-end", 0.25)
+    chosen = []
+    monkeypatch.setattr(figures, "ASSETS", tmp_path)
+    monkeypatch.setattr(figures, "outline", lambda image, cells: chosen.append(int(cells.sum())))
+    assert "wrote preview.png" in run_inside(figures, "--run", tmp_path / "run")[1]
+    assert chosen == [256, 64, 64] * 3  # steps 0, 2 and 2: three steps end at step 2
+    assert Image.open(tmp_path / "selection.png").size == (792, 616)
+    assert Image.open(tmp_path / "words.png").size == (792, 216)
 
 
 # ---------------------------------------------------------------- benchmark
@@ -212,14 +240,14 @@ def test_memory_is_what_is_held_and_what_comes_on_top():
 
 def test_the_command_measures_and_writes(tiny_clip_file, tmp_path):
     out = tmp_path / "cost.json"
-    flags = (f"--bodies small --clip {tiny_clip_file} --crop 32 --picture 40 48 --batch-size 2 --repeats 2 --workers 0 "
+    flags = (f"--bodies small --clip {tiny_clip_file} --crop 32 --image 40 48 --batch-size 2 --repeats 2 --workers 0 "
              f"--device cpu --classes 171 --out {out}").split()
     done = subprocess.run([sys.executable, "-m", "experiments.benchmark", *flags], cwd=study.ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert list(result["test"]) == list(result["cost"]) == ["dense-clip", "zegclip", "small"]
-    assert all(found["pictures_per_s"] > 0 for found in result["test"].values())
+    assert all(found["images_per_s"] > 0 for found in result["test"].values())
     found = result["train"]["small"]
     assert tuple(found["parts"]) == benchmark.PARTS and sum(found["parts"].values()) == pytest.approx(1)
     assert found["images_per_s"] > 0 and (result["torch"], result["commit"]) == (torch.__version__, study.commit())

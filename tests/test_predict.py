@@ -22,7 +22,7 @@ from support import checkpoint, processes
 from toy import world
 
 CPU = torch.device("cpu")
-NAMES = ["red ring", "green cross", "dark sand"]
+NAMES = ["tv monitor", "sofa", "brick wall"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def run(tmp_path_factory, tiny_clip_file):
     out = tmp_path_factory.mktemp("predict") / "run"
     config = {"clip": str(tiny_clip_file), "body": "small", "body_weights": "default", "head": "csh", "crop": 64,
               "dataset": "nowhere", "data_root": None, "frozen_blocks": 1, "temperature": None,
-              "classes": ["red ring", "green cross, green plus", "dark sand"], "unseen": [1], "departures": "",
+              "classes": ["tv monitor", "sofa, couch", "brick wall"], "unseen": [1], "departures": "",
               "templates": list(world.TEMPLATES), "test": {"short_side": 64, "window": 64, "stride": 48}}
     torch.manual_seed(0)
     clip_model = clip.load(tiny_clip_file)
@@ -151,7 +151,7 @@ def test_synonyms_others_gamma_and_threshold(run, image):
     def ask(*args, **more):
         return predict.segment(image, *args, run=run, device="cpu", **more)
 
-    assert torch.equal(ask("red ring, green cross|green plus , dark_sand,")[0], ask()[0])
+    assert torch.equal(ask("tv monitor, sofa|couch , brick_wall,")[0], ask()[0])
     assert ask(["sofa | couch", "cat"])[1] == ["sofa", "cat"]
     net, config = models.load_run(run / "last.pt", CPU)
     net.set_classes(["sofa,couch", "cat", predict.OTHER], config["templates"])
@@ -160,7 +160,7 @@ def test_synonyms_others_gamma_and_threshold(run, image):
     net.set_classes(["sofa,couch", "cat"], config["templates"])
     middle = net.logits(image[None] / 255).amax(1).median().item() * net.tau  # a cosine that half of the pixels reach
     assert 0.2 < (ask("sofa|couch, cat", threshold=middle)[0] != 255).float().mean() < 0.8
-    both = [ask("red ring, dark sand", gamma=gamma, threshold=-0.99)[0] for gamma in (0.0, 500.0)]
+    both = [ask("tv monitor, brick wall", gamma=gamma, threshold=-0.99)[0] for gamma in (0.0, 500.0)]
     assert torch.equal(*both) and (both[0] != 255).all()  # γ lowers both names' logits, not the cosine that is asked
     for wrong in ("", "cat, cat", [f"thing {i}" for i in range(254)]):
         with pytest.raises(sources.DataError, match="different ones: expected 1 to 253"):
@@ -178,7 +178,7 @@ def test_the_command_writes_three_files_and_skips_what_is_no_picture(run, photo,
                            "cpu", "--classes", "cat, café|coffee house"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("skipped: cannot read the image ") and "broken.jpg" in done.stderr
-    assert done.stderr.endswith("error: 1 of 3 pictures skipped\n")
+    assert done.stderr.endswith("error: 1 of 3 images skipped\n")
     out = run / "predictions"
     assert {p.name for p in out.iterdir()} == {f"{stem}.{kind}" for stem in ("a", "a-2")
                                                for kind in ("overlay.png", "mask.png", "json")}

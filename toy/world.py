@@ -1,14 +1,15 @@
-"""The embedded default's world: scenes of coloured shapes on textured grounds, with names that compose.
+"""The embedded default's world: scenes of emoji on eight grounds.
 
-20 things (colour × shape) and 6 stuff classes (tone × material); 8 things and 1 stuff class are unseen, of two kinds:
-new pairs of known words ("red" and "cross" are seen, "red cross" is not), and all things of one colour, a word that no
-mask explains.
+20 things, the classes of PASCAL VOC ("dining plate" stands for its dining table), and 8 grounds are the classes; one
+emoji in seven is something else and is void in the masks. 5 things and 2 grounds are unseen: in world 0 VOC's usual
+five, snow and brick wall, in other worlds others. `demo` is a scene of things that are no class of any world.
 Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
 
     python -m toy.world                              # writes data/toy (train.py does it by itself)
     python -m toy.world --root data/other --seed 1   # other scenes, another choice of unseen classes
 """
 import argparse
+import functools
 import math
 import os
 import shutil
@@ -18,103 +19,150 @@ import numpy as np
 from PIL import Image
 
 from support import pictures
+from toy import sprites
 
-COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.70, 0.20), "blue": (0.15, 0.30, 0.90),
-           "yellow": (0.90, 0.85, 0.15), "purple": (0.60, 0.20, 0.75)}
-SHAPES = ("circle", "square", "cross", "ring")
-TONES = {"light": 0.72, "dark": 0.28}
-MATERIALS = {"sand": (0.09, 0.02, -0.10), "grass": (-0.07, 0.07, -0.07), "water": (-0.09, 0.00, 0.10)}  # tints
-TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
-
-THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-STUFF = [f"{tone} {material}" for tone in TONES for material in MATERIALS]
+THINGS = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining plate", "dog",
+          "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+VOC_UNSEEN = ("potted plant", "sheep", "sofa", "train", "tv monitor")
+GROUNDS = {  # two colours, of which `_pattern` makes a texture
+    "grass": ((0.18, 0.42, 0.12), (0.47, 0.74, 0.27)), "sand": ((0.78, 0.66, 0.43), (0.95, 0.87, 0.66)),
+    "water": ((0.08, 0.32, 0.58), (0.37, 0.66, 0.84)), "sky": ((0.45, 0.70, 0.96), (1.00, 1.00, 1.00)),
+    "snow": ((0.82, 0.86, 0.93), (0.98, 0.99, 1.00)), "brick wall": ((0.56, 0.22, 0.16), (0.80, 0.76, 0.72)),
+    "wooden floor": ((0.38, 0.24, 0.13), (0.76, 0.55, 0.33)), "night sky": ((0.03, 0.04, 0.16), (0.90, 0.90, 0.85))}
+STUFF = list(GROUNDS)
 CLASSES = THINGS + STUFF
+OTHERS = [noun for noun in sprites.read_nouns() if noun not in THINGS]  # 268: void
+TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
+VOID = 255
 SIZE = 64  # pixels a side
 ROOT = Path("data/toy")  # of seed 0, drawn where it is missing
 TRAIN, VAL = 4000, 500  # scenes
+DEMO, DEMO_SEED = ("octopus", "pizza", "rocket"), 172  # a seed that leaves room for all three
 
 
 def unseen_kinds(seed=0):
-    """What is new: all things of one colour; one of each other colour (no shape twice); one ground. By the seed."""
+    """What is new: 5 things and 2 grounds. By the seed; of seed 0 the things are VOC's usual ones."""
     rng = np.random.RandomState(seed)
-    *others, hidden = rng.permutation(list(COLOURS))
-    return {"new word": [f"{hidden} {shape}" for shape in SHAPES],
-            "new pair": [f"{colour} {shape}" for colour, shape in zip(others, rng.permutation(SHAPES))],
-            "new ground": [STUFF[seed % len(STUFF)]]}
+    things = rng.choice(THINGS, 5, replace=False) if seed else VOC_UNSEEN
+    grounds = rng.choice(STUFF, 2, replace=False) if seed else ("snow", "brick wall")
+    return {"new thing": list(map(str, things)), "new ground": list(map(str, grounds))}
 
 
 def unseen(seed=0):
-    """Unseen classes of all kinds, in the order of CLASSES."""
+    """Unseen classes of both kinds, in the order of CLASSES."""
     return sorted(sum(unseen_kinds(seed).values(), []), key=CLASSES.index)
 
 
-def _inside(shape, u, v):
-    """Which points (u, v), in units of the object's radius, lie inside the shape."""
-    if shape == "circle":
-        return u * u + v * v < 0.9
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) < 0.85
-    if shape == "cross":
-        return (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)
-    return (u * u + v * v < 1) & (u * u + v * v > 0.3)  # ring
+@functools.cache
+def _spread(size, n):
+    """(size, n): takes n values to `size` pixels, smoothly."""
+    at = (np.arange(size) + 0.5) / size * n - 0.5
+    return np.maximum(1 - abs(at[:, None].clip(0, n - 1) - np.arange(n)), 0)
 
 
-def _ground(rng, tone, material, x, y):
-    """Tinted texture of two near shades at a random angle and period: dotted sand, striped grass, checked water."""
-    angle, period = rng.uniform(0, math.pi), rng.uniform(5, 9)
-    u = (x * math.cos(angle) + y * math.sin(angle)) / period
-    v = (y * math.cos(angle) - x * math.sin(angle)) / period
-    if material == "grass":
-        high = u % 1 < 0.5
-    elif material == "sand":
-        high = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.09
-    else:
-        high = (u % 1 < 0.5) ^ (v % 1 < 0.5)
-    grey = TONES[tone] + rng.uniform(-0.08, 0.08) + np.where(high, 0.09, -0.09)
-    return grey[..., None] + MATERIALS[material] + rng.uniform(-0.03, 0.03, 3)
+def _noise(rng, size, rows, columns):
+    """Values in [0, 1], (size, size); the fewer rows, the smoother from top to bottom, and so for columns."""
+    return _spread(size, rows) @ rng.rand(rows, columns) @ _spread(size, columns).T
 
 
-def draw(rng, max_things=3):
-    """One scene -> image uint8 (SIZE, SIZE, 3), mask uint8 (SIZE, SIZE) of indexes into CLASSES, class names in it.
+def _pattern(rng, name, size):
+    """Texture of a ground: the share of its second colour, (size, size)."""
+    y, x = np.mgrid[:size, :size]
+    if name == "grass":  # blades
+        return 1.6 * _noise(rng, size, size // 8, size) - 0.3
+    if name == "sand":  # grains
+        return 0.5 * rng.rand(size, size) + 0.5 * _noise(rng, size, 6, 6)
+    if name == "water":  # waves
+        bend = 0.5 * np.sin(2 * math.pi * x / rng.uniform(20, 40) + rng.uniform(0, 6))
+        return 0.35 + 0.35 * np.sin(2 * math.pi * (y / rng.uniform(5, 9) + bend)) + 0.3 * _noise(rng, size, 7, 7)
+    if name == "sky":  # clouds
+        return 3 * (0.7 * _noise(rng, size, 5, 4) + 0.3 * _noise(rng, size, 12, 9)) - 1.4
+    if name == "snow":
+        return 0.3 * rng.rand(size, size) + 0.7 * _noise(rng, size, 5, 5)
+    if name == "brick wall":
+        height = rng.randint(6, 10)
+        row, down = divmod(y + rng.randint(height), height)
+        along = (x + rng.randint(height) + row % 2 * height) % (2 * height)
+        return np.where((down == 0) | (along == 0), 1, 0.25 * rng.rand(size, size))
+    if name == "wooden floor":
+        height = rng.randint(8, 13)
+        gap = (y + rng.randint(height)) % height == 0
+        return np.where(gap, 0, 1.4 * _noise(rng, size, size, 6) - 0.1)
+    return np.where(rng.rand(size, size) > 0.985, 1, 0.2 * _noise(rng, size, 4, 4))  # night sky
 
-    Painted back to front at twice the size and averaged, so edges are smooth; later things hide earlier ones."""
-    y, x = (np.mgrid[:2 * SIZE, :2 * SIZE] + 0.5) / 2
+
+def _ground(rng, name, size):
+    dark, light = np.array(GROUNDS[name])
+    return dark + (light - dark) * _pattern(rng, name, size).clip(0, 1)[..., None]
+
+
+@functools.cache
+def _sprites():
+    """{noun: float32 (3 styles, 50, 50, 4)}, colours times opacity, with a transparent edge."""
+    stacks = {noun: np.float32(stack) / 255 for noun, stack in sprites.read_sheet().items()}
+    return {noun: np.pad(np.concatenate([s[..., :3] * s[..., 3:], s[..., 3:]], -1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+            for noun, s in stacks.items()}
+
+
+def _emoji(rng, noun, x, y, cx, cy, side):
+    """Points (x, y) -> colour times opacity, and opacity, of an emoji at (cx, cy): (..., 4). It is in one of three
+    styles, turned a little, or mirrored."""
+    styles = _sprites()[noun]
+    sprite, angle, mirror = styles[rng.randint(len(styles))], rng.uniform(-0.2, 0.2), rng.choice([-1, 1])
+    scale, last = sprites.SIDE / side, sprites.SIDE + 0.999
+    u = mirror * scale * ((x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)) + (sprites.SIDE + 1) / 2
+    v = scale * ((y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)) + (sprites.SIDE + 1) / 2
+    u, v = u.clip(0, last), v.clip(0, last)  # cells' centres are whole numbers
+    i, j = v.astype(int), u.astype(int)
+    v, u = (v - i)[..., None], (u - j)[..., None]
+    return (sprite[i, j] * (1 - v) * (1 - u) + sprite[i + 1, j] * v * (1 - u)
+            + sprite[i, j + 1] * (1 - v) * u + sprite[i + 1, j + 1] * v * u)
+
+
+def draw(rng, others=0.15, things=(1, 3), sides=(24, 44), size=SIZE, nouns=()):
+    """One scene -> image uint8 (size, size, 3), mask uint8 (size, size) of indexes into CLASSES, names of what is seen.
+
+    others  share of OTHERS among the emoji
+    things  least and largest number of emoji; fewer where there is no room
+    sides   of the emoji, least and largest, pixels
+    nouns   what the emoji are, instead of chance"""
     names = [STUFF[rng.randint(len(STUFF))]]
-    image = _ground(rng, *names[0].split(), x, y)
-    mask = np.full(x.shape, CLASSES.index(names[0]), np.uint8)
-    if rng.rand() < 0.5:  # a second ground behind a straight edge
+    image = _ground(rng, names[0], size)
+    part = np.zeros((size, size), np.uint8)  # index into names
+    y, x = np.mgrid[:size, :size] + 0.5
+    if rng.rand() < 0.5:  # another ground below a tilted edge
         names.append(STUFF[rng.randint(len(STUFF))])
-        angle = rng.uniform(0, 2 * math.pi)
-        side = (x - SIZE / 2) * math.cos(angle) + (y - SIZE / 2) * math.sin(angle) > rng.uniform(-SIZE / 4, SIZE / 4)
-        image[side] = _ground(rng, *names[1].split(), x, y)[side]
-        mask[side] = CLASSES.index(names[1])
+        below = y + rng.uniform(-0.3, 0.3) * (x - size / 2) > size * rng.uniform(0.25, 0.75)
+        image[below] = _ground(rng, names[1], size)[below]
+        part[below] = 1
+    image *= rng.uniform(0.85, 1.08)
     placed = []
-    for _ in range(rng.randint(1, max_things + 1)):
+    for noun in nouns or [None] * rng.randint(things[0], things[1] + 1):
         for _ in range(10):  # a place where it hides others in part at most, else no further thing
-            radius, angle = rng.uniform(9, 18), rng.uniform(-0.3, 0.3)  # pixels, radians: nearly upright
-            cx, cy = rng.uniform(0.8 * radius, SIZE - 0.8 * radius, 2)
-            if all(math.hypot(cx - ox, cy - oy) > 0.8 * (radius + other) for ox, oy, other in placed):
+            side = rng.uniform(*sides)
+            cx, cy = rng.uniform(0.4 * side, size - 0.4 * side, 2)
+            if all(math.hypot(cx - ox, cy - oy) > 0.4 * (side + other) for ox, oy, other in placed):
                 break
         else:
             break
-        placed.append((cx, cy, radius))
-        names.append(THINGS[rng.randint(len(THINGS))])
-        colour, shape = names[-1].split()
-        paint = np.array(COLOURS[colour]) + rng.uniform(-0.1, 0.1, 3)
-        reach = radius * 1.21  # only the box that can hold the object: a square reaches 1.2 radii
-        box = (slice(max(int(2 * (cy - reach)), 0), int(2 * (cy + reach)) + 1),
-               slice(max(int(2 * (cx - reach)), 0), int(2 * (cx + reach)) + 1))
-        dx, dy = x[box] - cx, y[box] - cy
-        u = (dx * math.cos(angle) + dy * math.sin(angle)) / radius
-        v = (dy * math.cos(angle) - dx * math.sin(angle)) / radius
-        inside = _inside(shape, u, v)
-        image[box][inside] = (paint * (1 + 0.2 * u[..., None]))[inside]  # lit from one side
-        mask[box][inside] = CLASSES.index(names[-1])
-    image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4 * rng.uniform(0.75, 1.2)
-    image = image * 255 + rng.randint(-20, 21, image.shape)  # sensor noise
-    visible = set(np.unique(mask[::2, ::2]))
-    names = list(dict.fromkeys(n for n in names if CLASSES.index(n) in visible))
-    return image.clip(0, 255).astype(np.uint8), mask[::2, ::2].copy(), names
+        placed.append((cx, cy, side))
+        kind = OTHERS if rng.rand() < others else THINGS
+        names.append(noun or kind[rng.randint(len(kind))])
+        reach = 0.6 * side  # only the box that can hold the emoji: its corners, turned
+        box = (slice(max(int(cy - reach), 0), int(cy + reach) + 1), slice(max(int(cx - reach), 0), int(cx + reach) + 1))
+        emoji = _emoji(rng, names[-1], x[box], y[box], cx, cy, side)
+        image[box] = image[box] * (1 - emoji[..., 3:]) + rng.uniform(0.85, 1.15) * emoji[..., :3]
+        part[box][emoji[..., 3] > 0.5] = len(names) - 1
+    image = image * 255 + rng.randint(-8, 9, image.shape)  # sensor noise
+    mask = np.array([CLASSES.index(name) if name in CLASSES else VOID for name in names], np.uint8)[part]
+    visible = np.flatnonzero(np.bincount(part.ravel()) > 0.005 * size ** 2)
+    return image.clip(0, 255).astype(np.uint8), mask, list(dict.fromkeys(names[i] for i in visible))
+
+
+def demo():
+    """A scene of things that are no class -> image uint8 (SIZE, SIZE, 3), names of all that is in it."""
+    image, _, names = draw(np.random.RandomState(DEMO_SEED), nouns=DEMO)
+    return image, names
 
 
 def write(root, seed=0, train=TRAIN, val=VAL):
@@ -139,6 +187,7 @@ def write(root, seed=0, train=TRAIN, val=VAL):
         (partial / f"{split}.txt").write_text("\n".join(names) + "\n")
     (partial / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     (partial / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
+    pictures.save(Image.fromarray(demo()[0]), partial / "demo.png")
     try:
         partial.rename(root)
     except OSError:  # another process was first: its world is the same
