@@ -122,16 +122,21 @@ def table(result, source):
     return "\n".join(lines)
 
 
-def preview(model, source, device, precision, images=6):
-    """A picture with a row an image: image | truth | prediction (γ = 0), legend below; unseen classes have a *."""
-    view, recipe, rows, shown = data.ValSet(source), source.recipe, [], set()
-    for i in range(min(images, len(view))):
-        image, truth, _ = view[i]
+def preview(model, source, device, precision, images=6, among=50):
+    """Test images, two a row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
+
+    Of the first `among` images those that show an unseen class come first. Void is white, in the prediction too."""
+    view, recipe, samples, shown = data.ValSet(source), source.recipe, [], set()
+    first = [view[i] for i in range(min(among, len(view)))]
+    first.sort(key=lambda item: not source.unseen & set(item[1].unique().tolist()))  # else in their own order
+    for image, truth, _ in first[:images]:
         labels = model.label(image, recipe.short_side, recipe.window, recipe.stride, precision=precision)[0].cpu()
+        labels = labels.masked_fill(truth == IGNORE, IGNORE)
         shown |= set(truth.unique().tolist()) | set(labels.unique().tolist())
-        rows.append([image, pictures.coloured(truth), pictures.coloured(labels)])
+        samples.append([image, pictures.coloured(truth), pictures.coloured(labels)])
     names = {k: name.split(",")[0] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
-    return pictures.sheet(rows, ("image", "truth", "prediction"), names)
+    rows = [sum(samples[i:i + 2], []) for i in range(0, len(samples), 2)]
+    return pictures.sheet(rows, ("image", "truth", "prediction") * 2, names, side=128)
 
 
 def report(result, model, source, device, precision, out):

@@ -53,7 +53,7 @@ def save(out, model, optimizer, step, bank, config):
     """Writes out/last.pt, the state before `step`; the last.pt before it becomes former.pt. Only the first process
     writes. Raises CheckpointError if a value is not finite or the disk is full: last.pt then stays as it was.
 
-    Tensors and plain values only, so that `weights_only` loads it; nothing of CLIP."""
+    Tensors and plain values only, so that `weights_only` loads it; no weight of CLIP."""
     if rank():
         return
     state, last = model.trained_state(), out / "last.pt"

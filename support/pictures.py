@@ -95,16 +95,18 @@ def with_legend(canvas, entries, size):
 # ---------------------------------------------------------------- samples and predictions
 
 
-def sheet(rows, titles, names, side=192):
-    """Rows of pictures under one title a column, and the colours of the classes {index: name} below."""
-    heights = [min(max(round(side * row[0].shape[1] / row[0].shape[2]), 1), 3 * side) for row in rows]
-    canvas, y = Image.new("RGB", (side * len(titles), 20 + sum(heights) + 3 * len(rows)), "white"), 20
+def sheet(rows, titles, names, side=192, gap=6):
+    """Rows of pictures, `side` pixels wide, under one title a column; below them the colours of {index: name}."""
+    sized = [[as_image(p).resize((side, min(max(round(side * p.shape[1] / p.shape[2]), 1), 3 * side)), Image.NEAREST)
+              for p in row] for row in rows]
+    heights = [max(image.height for image in row) + gap for row in sized]
+    canvas, y = Image.new("RGB", ((side + gap) * len(titles) - gap, 20 + sum(heights)), "white"), 20
     for i, title in enumerate(titles):
-        write(ImageDraw.Draw(canvas), (i * side + 4, 3), title, 12)
-    for row, height in zip(rows, heights):
-        for i, picture in enumerate(row):
-            canvas.paste(as_image(picture).resize((side, height), Image.NEAREST), (i * side, y))
-        y += height + 3
+        write(ImageDraw.Draw(canvas), (i * (side + gap) + 2, 3), title, 12)
+    for row, height in zip(sized, heights):
+        for i, image in enumerate(row):
+            canvas.paste(image, (i * (side + gap), y))
+        y += height
     return with_legend(canvas, {k: text[:26] for k, text in texts(names).items()}, 12)
 
 

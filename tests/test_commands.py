@@ -82,7 +82,7 @@ def test_a_run_leaves_its_files_and_says_what_it_does(run):
     assert set(result) == RESULT and set(result["gamma_0"]) == FIGURES and result["departures"] == ""
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert config["test"] == {"short_side": 64, "window": 64, "stride": 48} and config["frozen_blocks"] == 1
-    assert Image.open(out / "preview.png").size[0] == 3 * 192
+    assert Image.open(out / "preview.png").size[0] == 6 * 128 + 5 * 6
     for name in world.CLASSES:
         assert re.search(rf"^{name} ( |\*)", text, re.M)
     assert re.search("data .*20 training images, 5 test images\nclasses 21 seen, 7 unseen: .*\nmodel .*small body, csh "

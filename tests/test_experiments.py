@@ -134,7 +134,7 @@ def test_it_refuses_to_mix(places, monkeypatch):
         study.split_row("csh --strict")
 
 
-def test_the_hash_sees_code_and_passes_over_comments(tmp_path, monkeypatch):
+def test_the_hash_sees_code_and_passes_over_words(tmp_path, monkeypatch):
     for name in study.METHOD:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((study.ROOT / name).read_bytes())
@@ -142,7 +142,14 @@ def test_the_hash_sees_code_and_passes_over_comments(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     text = (tmp_path / "losses.py").read_text()
     (tmp_path / "losses.py").write_text(text.replace('"""', '"""More words. ', 1) + "\n# a comment\n")
-    assert study.method_hash() == before
+    flags = (tmp_path / "train.py").read_text()
+    for old, new in (('help="λ_sam; 0: no', 'help="weight: no'), ("expected {low} to {high}", "not {low} to {high}")):
+        assert old in flags
+        (tmp_path / "train.py").write_text(flags.replace(old, new))
+        assert study.method_hash() == before
+    (tmp_path / "train.py").write_text(flags.replace("default=0.1", "default=0.2"))
+    assert study.method_hash() != before
+    (tmp_path / "train.py").write_text(flags)
     (tmp_path / "losses.py").write_text(text.replace("TAU_G = 0.07", "TAU_G = 0.08"))
     assert study.method_hash() != before
 

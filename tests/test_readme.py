@@ -2,12 +2,16 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text() for page in PAGES}
 COMMANDS = [(page, line) for page in PAGES for block in re.findall(r"```sh\n(.*?)```", TEXT[page], re.DOTALL)
             for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
@@ -15,7 +19,7 @@ COMMANDS = [(page, line) for page in PAGES for block in re.findall(r"```sh\n(.*?
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
-    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT[page])
+    links = re.findall(r"\]\((?!http|\.\./\.\./actions)([^)#]+)", TEXT[page])
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
@@ -38,8 +42,7 @@ def test_commands_are_understood():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_names_in_the_text_exist(page):
-    sources = [path for path in ROOT.glob("*.py")] + [ROOT / "sources/check.py", ROOT / "experiments/study.py",
-                                                      ROOT / "experiments/benchmark.py"]
+    sources = [path for path in ROOT.glob("*.py")] + [ROOT / "sources/check.py", *ROOT.glob("experiments/*.py")]
     flags = {flag for path in sources for flag in re.findall(r'\("(--[a-z-]+)"', path.read_text())}
     for text in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)):
         assert set(re.findall(r"(?<!\S)--[a-z-]+", text)) <= flags, text
@@ -58,3 +61,29 @@ def test_the_body_of_your_own_builds_as_it_stands():
     import torch
     with torch.no_grad():
         assert names["net"](torch.rand(1, 3, 64, 64)).shape == (1, 128, 2, 2)
+
+
+def test_the_first_commands_run_as_they_stand(tmp_path):
+    """README's first two blocks, in an empty folder; the training is cut to 4 steps."""
+    lines = [line.partition("#")[0].strip() for page, line in COMMANDS if page.name == "README.md"]
+    first = [line for line in lines[:lines.index("python data.py --dataset voc --download")]
+             if line.startswith("python ") and "venv" not in line]
+    assert first == ["python train.py", "python predict.py", "python evaluate.py", "python train.py --resume"]
+    for line in first:
+        words = [word if word != "train.py" else "train.py --steps 4" for word in line.split()[1:]]
+        script, *flags = " ".join(words).split()
+        done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, f"{line}: {done.stderr}"
+    assert (tmp_path / "runs/toy/predictions/demo.overlay.png").exists()
+
+
+def test_the_tour_runs_and_is_stored_with_its_outputs():
+    path = ROOT / "docs/tour.ipynb"
+    tour = nbformat.read(path, as_version=4)
+    cells = [cell for cell in tour.cells if cell.cell_type == "code"]
+    assert path.stat().st_size < 2**20 and all(cell.outputs and cell.execution_count for cell in cells)
+    training, = [cell for cell in cells if "STEPS, bank = " in cell.source]
+    training.source = re.sub(r"STEPS, bank = \d+", "STEPS, bank = 2", training.source)
+    NotebookClient(tour, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
+    assert sum(pictures) >= 6
