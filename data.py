@@ -29,11 +29,11 @@ def augment(image, labels, recipe, view_size):
     """Random scale, crop, flip and photometric distortion (FIELD) of an image and its labels together.
 
     image uint8 (3, H, W), labels uint8 (H, W) -> three uint8 tensors:
-      crop    (3, crop, crop); where the scale drawn leaves the image smaller, padded to the right and below
+      crop    (3, crop, crop); if the scaled image is smaller, padded on the right and at the bottom
       labels  (crop, crop), PADDING in the padding
       view    (3, view_size, view_size), what the teacher sees: the same window, flip and colours, without padding.
               OURS: squeezed to CLIP's square, so the aspect ratio is not kept: views stack, and all of the crop is seen
-    The window is cut before it is resized: the same image as resizing first, for a fraction of the work."""
+    The window is cut out first and then resized: the same result for a fraction of the work."""
     H, W = labels.shape
     factor = recipe.crop / min(H, W) * torch.empty(()).uniform_(*recipe.scale).item()  # pixels out per pixel in
     side = math.ceil(recipe.crop / factor)  # of the window, in the image's pixels
@@ -69,8 +69,8 @@ def split_padding(labels, grid):
 def distort(image):
     """Photometric distortion of uint8 (3, H, W): brightness, contrast, saturation and hue, each in half of the cases.
 
-    FIELD: the four, their odds and ranges. OURS: one affine map of RGB instead of a way through HSV: saturation scales
-    the distance from the grey axis, hue turns about it. It adds about 1 ms to the 11 ms that a VOC crop takes;
+    FIELD: the four, their odds and ranges. OURS: one affine map of RGB instead of converting to HSV: saturation scales
+    the distance from the grey axis, hue rotates around it. It adds about 1 ms to the 11 ms that a VOC crop takes;
     torchvision's RandomPhotometricDistort adds 10."""
     def draw(low, high, neutral):
         return torch.empty(()).uniform_(low, high).item() if torch.rand(()) < 0.5 else neutral

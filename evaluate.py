@@ -2,9 +2,9 @@
 
     python evaluate.py                      # the newest run under runs/
     python evaluate.py --run runs/voc --save-predictions maps
-    torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun takes --run for its own
+    torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun has its own --run
 
-Prints a line a class; writes metrics.json and preview.png. hIoU = 2SU / (S + U) of the seen (S) and unseen (U) mIoU.
+Prints a line per class; writes metrics.json and preview.png. hIoU = 2SU / (S + U) of the seen (S) and unseen (U) mIoU.
 """
 import argparse
 import dataclasses
@@ -61,10 +61,10 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     """Scores `model` on the source's test images; several processes take a part each, without repeats.
 
     -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names}; leaves the model in eval mode.
-    gamma        adds "calibrated": metrics with γ subtracted from the seen classes' logits. FIELD: peers take 0.1 off
-                 seen sigmoid scores and do not say so; the figure that compares is γ = 0
-    unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled among the unseen
-                 classes alone: a far easier task, whose figures compare with no joint one
+    gamma        adds "calibrated": metrics with γ subtracted from the seen classes' logits. FIELD: others subtract 0.1
+                 from seen sigmoid scores without saying so; compare scores at γ = 0
+    unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
+                 classes only: a far easier task, not comparable with the joint scores
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
     K, recipe = len(source.classes), source.recipe
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
@@ -102,7 +102,7 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
 
 
 def table(result, source):
-    """The result as text: a line a class, then the four figures; a second column if a calibration was asked for."""
+    """The result as text: one line per class, then the four scores; a second column if γ was given."""
     columns = [result[key] for key in ("gamma_0", "calibrated") if key in result]
     cell = lambda value: f"{value:8.1f}" if value is not None else "       –"  # noqa: E731
     width = max(len(name) for name in [*source.classes, *FIGURES.values()]) + 2
@@ -115,7 +115,7 @@ def table(result, source):
     lines.append("* unseen in training; " * bool(source.unseen) + f"{result['images']} test images")
     if "unseen_only" in result:
         alone = result["unseen_only"]
-        lines.append(f"another task, pixels of unseen classes labelled among these alone: mIoU "
+        lines.append(f"a different task, pixels of unseen classes labelled with these only: mIoU "
                      f"{cell(alone['mIoU']).strip()}, pAcc {cell(alone['pAcc']).strip()}")
     if result.get("departures"):
         lines.append(f"not the benchmark's protocol: {result['departures']}")
@@ -123,7 +123,7 @@ def table(result, source):
 
 
 def preview(model, source, device, precision, images=6, among=50):
-    """Test images, two a row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
+    """Test images, two per row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
 
     Of the first `among` images those that show an unseen class come first. Void is white, in the prediction too."""
     view, recipe, samples, shown = data.ValSet(source), source.recipe, [], set()
@@ -164,7 +164,7 @@ def open_run_dataset(config, name=None, root=None):
 
 
 def trained_on(config, classes):
-    """[bool], the classes that the run had masks of; on another list than its own, those that share a word with one."""
+    """[bool], did the run have masks of this class? In another class list: of a class that shares a word with it?"""
     if list(classes) == config["classes"]:
         return [k not in config["unseen"] for k in range(len(classes))]
     words = {sources.plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]
@@ -178,7 +178,7 @@ def main(args):
     model, config = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
-        raise UserError(f"no class of {source.name} was unseen in training: leave --unseen-only away")
+        raise UserError(f"no class of {source.name} was unseen in training: drop --unseen-only")
     if args.short_side:
         source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
@@ -200,14 +200,14 @@ def parse(argv=None):
     group = parser.add_argument_group("what is tested").add_argument
     group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
     group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
-    group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
+    group("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
     group("--dataset", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: the run's own)")
-    group("--data-root", metavar="FOLDER", help="where it lies (default: as in training, or data/NAME)")
+    group("--data-root", metavar="FOLDER", help="its folder (default: as in training, or data/NAME)")
     group = parser.add_argument_group("how").add_argument
     group("--short-side", type=int, metavar="PIXELS", help="test images are resized to it (default: as in training)")
     group("--gamma", type=float, help="adds a column with γ subtracted from the seen classes' logits (cosine "
           "/ τ); try 1 (default: γ = 0 alone)")
-    group("--unseen-only", action="store_true", help="also score the unseen classes' pixels among these classes alone")
+    group("--unseen-only", action="store_true", help="also score unseen classes' pixels among unseen classes only")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
     group("--precision", choices=("bf16", "fp32"), help="(default: as in training)")
     group = parser.add_argument_group("what is written").add_argument

@@ -1,13 +1,13 @@
-"""The losses of Chimera-Seg, one function an equation. None of them knows a model.
+"""The losses of Chimera-Seg, one function per equation. They do not depend on the model.
 
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
 t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) of unit length, τ temperatures.
 Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes, so no label of an unseen
 class reaches a loss. (L_sgd reads no labels: it selects among all positions of the image.)
 
-Half-precision input is taken to fp32: call the losses outside autocast, which would undo that.
+Half-precision input is converted to fp32: call the losses outside autocast, which would undo that.
 With several processes every loss is scaled so that DDP's mean of the gradients is the gradient of the loss over the
-whole batch: the result does not depend on their number. No loss reads a value of a tensor, which would wait for a GPU.
+whole batch: the result does not depend on their number. No loss copies values to the CPU, so none waits for a GPU.
 """
 import torch
 import torch.distributed as dist

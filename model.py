@@ -67,9 +67,9 @@ class ChimeraSeg(nn.Module):
 
         image       uint8 (3, H, W); resized to `short_side` for the test. window, stride: pixels of that size
         lowered     (G, K), what is subtracted from the logits: one label map for each of the G rows; default 0
-        threshold   where the winner's cosine is lower, there is no label
+        threshold   pixels whose best cosine is lower get no label
         precision   bf16 or fp32, of body and head; everything after them is fp32
-        -> uint8 (G, H, W), IGNORE where no label is; (K, H, W) logits are never held in full
+        -> uint8 (G, H, W), IGNORE = no label; (K, H, W) logits are never stored in full
         """
         if lowered is None:
             lowered = torch.zeros(1, len(self.t), device=self.t.device)
@@ -115,7 +115,7 @@ def starts(size, window, stride):
 
 
 def axis_weights(size, window, stride, cells, out):
-    """The matrix (out, cells) from one axis of the windows' grids, `cells` values end to end, to `out` pixels.
+    """Matrix (out, cells): maps one axis of all windows' grids, concatenated to `cells` values, to `out` pixels.
 
     Bilinear in each window of an image of `size` pixels, their mean where they overlap, bilinear to `out`."""
     weights, begins = torch.zeros(size, cells), starts(size, window, stride)
@@ -132,7 +132,7 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", froze
     body         a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, out_channels, h, w)
     head         csh, linear (no CLIP in it) or random (CSH's shape, random frozen weights)
     temperature  τ, CLIP's own when None
-    `clip_model` is only read: the head copies its part, and its image tower may then be dropped.
+    `clip_model` is not changed: the head copies what it needs, then its image tower may be deleted.
     Raises ModelError, CLIPError."""
     if not isinstance(body, nn.Module):
         body = build_body(body, body_weights)

@@ -1,10 +1,10 @@
 """Labels images with any words: every pixel gets the class whose words are nearest to it.
 
-    python predict.py                                               # a scene of emoji, words without any mask
+    python predict.py                                               # an image and words of the run's data set
     python predict.py photo.jpg holiday/ --classes "cat, sofa|couch, potted plant" --other
 
 For each image: NAME.overlay.png (colours, names and shares over it), NAME.mask.png (class indexes in a palette, 255:
-none) and NAME.json (shares of the classes). A file that is no image is named and skipped; the exit status is then 1.
+none) and NAME.json (shares of the classes). Files that are not images are reported and skipped (exit status 1).
 
     from predict import segment
     labels, names = segment("photo.jpg", "cat, sofa|couch, potted plant")   # uint8 (H, W), 255: none; 3 names
@@ -36,8 +36,8 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
 
     classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default
     run         run folder or checkpoint; the newest under runs/ by default. It stays loaded for the next call
-    other       also sets OTHER against the classes; what it wins is 255
-    threshold   cosine of pixel and words below which a pixel is 255
+    other       adds OTHER as one more class; its pixels become 255
+    threshold   pixels whose cosine with their class is lower become 255
     gamma       taken off the logits of classes that the run trained on
     clip_file   where the run's CLIP lies now; by default where it lay in training
     short_side  pixels, to which the image is resized; as in the run's test by default
@@ -89,7 +89,7 @@ def load(checkpoint, written_at, classes, other, device, clip_file):
 
 
 def find(paths):
-    """Files and folders -> the files, and those of the folders that end like pictures."""
+    """Files and folders -> the files, and the image files of the folders."""
     files = []
     for path in paths:
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
@@ -119,7 +119,7 @@ def main(args):
         source = open_run_dataset(read_checkpoint(checkpoint)["config"])
         image, words = source.demo or (source.val[0][1], None)
         files, args.classes = [Path(image)], args.classes or words
-        print(f"no image named: one of {source.name}")
+        print(f"no image given: using one of {source.name}")
     skipped, stems = 0, set()
     for file in files:
         try:
@@ -146,17 +146,17 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE|FOLDER", help="by default an image of the "
-                        "run's data set: after a bare `python train.py` a scene of emoji that no mask ever showed")
+                        "run's data set; for toy, emoji that are no class and the words for them")
     group = parser.add_argument_group("classes").add_argument
     group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (default: the run's own)")
-    group("--other", action="store_true", help=f'also set "{OTHER}" against them; what it wins gets no class')
-    group("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels less like their class's words get no "
+    group("--other", action="store_true", help=f'add "{OTHER}" as one more class; its pixels get no class')
+    group("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels with a lower cosine than this get no "
           "class, -1 to 1; try 0.3 (default: -1, every pixel gets a class)")
-    group("--gamma", type=float, default=0.0, help="taken off the logits of classes that the run trained on, where "
-          "these swallow new names (default: 0)")
+    group("--gamma", type=float, default=0.0, help="subtracted from the logits of classes that the run trained on, if "
+          "they win too often (default: 0)")
     group = parser.add_argument_group("run").add_argument
     group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
-    group("--clip", metavar="FILE", help="where the run's CLIP lies now (default: where it lay in training)")
+    group("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
     group("--short-side", type=int, metavar="PIXELS", help="images are resized to it (default: as in the run's test)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")

@@ -2,10 +2,10 @@
 
 SGD is Selective Global Distillation, SAM the Semantic Alignment Module: see losses.py.
 
-    python train.py                                           # the embedded default, minutes on two CPU cores
+    python train.py                                           # the toy data set, minutes on two CPU cores
     python train.py --dataset voc                             # docs/data.md says how to get the files
     python train.py --dataset my_data --body segnext-b        # own data
-    torchrun --nproc-per-node 4 train.py --dataset voc        # one process a GPU
+    torchrun --nproc-per-node 4 train.py --dataset voc        # one process per GPU
 
 Writes into runs/<dataset>/: last.pt and former.pt (checkpoints), config.json, log.jsonl, curves.png, data.png (what the
 data check saw), metrics.json and preview.png (the test). Ctrl-C saves; the same command with --resume continues.
@@ -153,7 +153,7 @@ def open_source(args, device):
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: expected {low} to {high}")
     if args.batch_size % (ranks := processes.world_size()):
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {ranks} processes: "
+        raise UserError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: "
                         f"use {max(args.batch_size // ranks, 1) * ranks}")
     args.departures = source.departures(steps=args.steps, batch_size=args.batch_size, lr=args.lr, crop=args.crop)
     if args.strict:
@@ -223,7 +223,7 @@ def cls_embeddings(teacher, views):
 
 
 def share_statistics(model):
-    """On CPUs batch norm's statistics are each process's own: the first one's were saved, and all test with them."""
+    """On CPUs each process has its own batch norm statistics. All test with the saved ones, the first process's."""
     if processes.world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -237,10 +237,10 @@ def parse(argv=None):
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="toy", metavar="NAME", help=f"{', '.join(sources.NAMES)}, or a folder of own data "
           "(default: toy)")
-    group("--data-root", metavar="FOLDER", help="where it lies (default: data/NAME, or the folder itself)")
-    group("--strict", action="store_true", help="leave out training images that hold unseen pixels, instead of hiding "
+    group("--data-root", metavar="FOLDER", help="its folder (default: data/NAME, or the folder itself)")
+    group("--strict", action="store_true", help="leave out training images with unseen pixels, instead of ignoring "
           "those pixels")
-    group("--crop", type=int, metavar="PIXELS", help=f"side of a training crop; test sizes follow it {recipe}")
+    group("--crop", type=int, metavar="PIXELS", help=f"side of a training crop; test sizes scale with it {recipe}")
 
     group = parser.add_argument_group("method").add_argument
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)}, a file or a folder {recipe}")
@@ -257,8 +257,8 @@ def parse(argv=None):
     group("--sam-weight", type=float, default=1.0, metavar="λ", help="λ_sam; 0: no SAM (default: 1)")
 
     group = parser.add_argument_group("run").add_argument
-    group("--steps", type=int, help=f"optimiser steps; warm-up keeps its share of them {recipe}")
-    group("--batch-size", type=int, help=f"images a step, over all processes {recipe}")
+    group("--steps", type=int, help=f"optimiser steps; warm-up scales with them {recipe}")
+    group("--batch-size", type=int, help=f"images per step, all processes together {recipe}")
     group("--lr", type=float, help=f"AdamW's peak rate {recipe}")
     group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     group("--out-dir", type=Path, metavar="FOLDER", help="run folder (default: runs/<dataset>)")

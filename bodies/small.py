@@ -1,4 +1,4 @@
-"""SmallBody: the body of the embedded default, trained from nothing.
+"""SmallBody: the body for the toy data set, trained from scratch.
 
 Symbols: B images, C body channels.
 """
@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 
 class SmallBody(nn.Module):
-    """Body of the embedded default: strides 4, 8 and 16, fused at stride 4. 1.5 M parameters, no pretraining (OURS)."""
+    """Body for the toy data set: strides 4, 8 and 16, fused at stride 4. 1.5 M parameters, no pretraining (OURS)."""
 
     def __init__(self, width=64):
         super().__init__()

@@ -39,7 +39,7 @@ def why(error, path):
     if isinstance(error, zipfile.BadZipFile):
         return "truncated or damaged: fetch it again"
     if isinstance(error, KeyError):
-        return f"no whole CLIP, image tower and text tower: it lacks the tensor {error}"
+        return f"not a complete CLIP (image and text tower): it lacks the tensor {error}"
     if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):  # so both unpicklers name the class that they refuse
         return (f"holds more than tensors: it wants the class {wanted[1]}, and nothing in a file is run here. If you "
                 f'trust it, load it where it was made, torch.load("{path.name}", weights_only=False), and save the '

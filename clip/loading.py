@@ -32,7 +32,7 @@ def load(name_or_path):
     """A name in MODELS (downloaded once into clip.CACHE), a file or a folder -> CLIP, fp32, frozen, on the CPU.
 
     A file holds one CLIP, in any format of formats.py and any names of names.py. In a folder it has one of the names in
-    WEIGHTS, and a file of such a name is read with the config beside it. Without a config, what no shape tells
+    WEIGHTS, and such a file is read with the config next to it. Without a config, what no shape tells
     (activation, heads, mean and std of images) is as in OpenAI's files, and `remark` says so. Raises CLIPError."""
     if str(name_or_path) in MODELS:
         with first_on_machine():
@@ -50,8 +50,8 @@ def load(name_or_path):
         raise CLIPError(f"{path}: {why(error, path)}") from None
     known = str(name_or_path) in MODELS or config or path.resolve() == (HERE / "toy" / "clip.pt").resolve()
     if not known and file_sha256(path) not in [sha256 for sha256, _ in MODELS.values()]:
-        model.remark = (f"{path} is none of OpenAI's files and has no config: taken to have QuickGELU and heads of "
-                        f"{HEAD_WIDTH} as theirs. One trained with plain GELU (most of LAION's) is read wrongly: give "
+        model.remark = (f"{path} is not one of OpenAI's files and has no config: assuming QuickGELU and heads of "
+                        f"{HEAD_WIDTH} as in theirs. This is wrong for a CLIP with plain GELU (most of LAION's): give "
                         "the folder with its config")
     return model.eval().requires_grad_(False)
 
@@ -141,7 +141,7 @@ def download(name):
 
 
 def fingerprint(model):
-    """16 hex digits that tell one CLIP from another, whatever its file: every parameter and what no shape tells."""
+    """16 hex digits that identify a CLIP, whatever its file: a hash of all parameters and of what no shape tells."""
     towers = model.visual.transformer, model.transformer
     heads = [tower.resblocks[0].attn.heads for tower in towers]
     content = hashlib.sha256(repr([*heads, *(model.visual.config[k] for k in ("activation", "mean", "std"))]).encode())

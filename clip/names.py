@@ -23,7 +23,7 @@ TRANSFORMERS = {  # its names: ours
 def openai_names(tensors):
     """{name: tensor} of any file that holds one CLIP -> its state dict in OpenAI's names. Raises CLIPError, KeyError.
 
-    The CLIP is found by a name that each has once. What stands before it is the prefix of all ("state_dict.module.",
+    Each CLIP has one name of ANCHORS. What comes before it is the prefix of all ("state_dict.module.",
     "clip_model.", ...). Tensors without the prefix, an optimizer's for instance, are left out."""
     for name in tensors:
         if other := [OTHERS[part] for part in OTHERS if part in name]:

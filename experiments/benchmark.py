@@ -48,7 +48,7 @@ PARTS = ("data", "teacher", "body", "head", "losses", "backward", "optimiser")
 
 
 class DenseCLIP(nn.Module):
-    """What an adaptation of CLIP runs at test, at the least (MaskCLIP, arXiv 2112.01071): the whole image tower."""
+    """The minimum that an adaptation of CLIP runs at test (MaskCLIP, arXiv 2112.01071): the whole image tower."""
 
     def __init__(self, clip_model):
         super().__init__()
@@ -113,7 +113,7 @@ def now(device):
 
 @torch.no_grad()
 def gflops(call, images):
-    """{module: GFLOPs} of one call, "Global" for all. The counter passes over CPUs' fused attention: not used."""
+    """{module: GFLOPs} of one call, "Global" for all. Fused attention on CPUs is off: the counter misses it."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call(images)
     return {name: sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()}

@@ -1,4 +1,4 @@
-"""The README's pictures, made from a run of the embedded default: results, what SGD selects, what the head says.
+"""The README's figures, made from a run on the toy data set: results, what SGD selects, what the head says.
 
     python train.py                     # saves at step 500 and at the end
     python -m experiments.figures       # runs/toy -> assets/preview.png, selection.png and words.png
@@ -16,7 +16,7 @@ import clip
 import losses
 import model as models
 from evaluate import open_run_dataset
-from sources.files import read_pair
+from sources.files import read_image
 from support import pictures
 from support.checkpoint import read_checkpoint
 from support.command import run_command
@@ -27,8 +27,9 @@ SIDE, GAP, TEXT = 192, 8, 14  # pixels: of a picture, between two, of letters
 RAMP = np.array([(247, 251, 255), (158, 202, 225), (33, 113, 181), (8, 48, 107)])  # pale to dark blue
 EDGE = (230, 85, 13)  # around what is selected
 IMAGES = (0, 4, 9)  # of the training list, whose selection is shown
-WORDS = {"dog": "seen", "train": "unseen", "octopus": "of no list"}  # in the picture of `words`
-WORDS_SEED = 118  # a scene that has room for the three
+WORDS = {"dog": "dog (seen)", "train": "train (unseen)", "octopus": "octopus (no class)"}
+WORDS_SEED = 118  # a scene that has room for the three; chosen before any prediction was seen
+TOP = 0.8  # cosine that is darkest
 
 
 def heat(values, low, high):
@@ -39,16 +40,10 @@ def heat(values, low, high):
 
 
 def outline(image, chosen):
-    """Draws EDGE around the chosen positions, bool (h, w)."""
-    pen, cell = ImageDraw.Draw(image), SIDE / len(chosen)
-    around = F.pad(chosen, (1, 1, 1, 1))
-    for y, x in chosen.nonzero().tolist():
-        left, top, right, bottom = (round(v * cell) for v in (x, y, x + 1, y + 1))
-        sides = {(left, top, right, top): (y, x + 1), (left, bottom, right, bottom): (y + 2, x + 1),
-                 (left, top, left, bottom): (y + 1, x), (right, top, right, bottom): (y + 1, x + 2)}
-        for line, beyond in sides.items():
-            if not around[beyond]:
-                pen.line(line, fill=EDGE, width=3)
+    """Draws EDGE along the inside of the chosen positions, bool (h, w)."""
+    chosen = F.interpolate(chosen[None, None].float(), (SIDE, SIDE))
+    edge = chosen + F.max_pool2d(-F.pad(chosen, (2, 2, 2, 2)), 5, 1)  # without what is 2 pixels inside
+    image.paste(EDGE, mask=Image.fromarray((255 * edge[0, 0]).byte().numpy()))
 
 
 def grid(rows, titles):
@@ -79,14 +74,14 @@ def selection(stages, config, teacher, source):
     """Three training images × (image, start, middle, end): a_i = z_i · c, the k selected positions outlined."""
     rows, titles = [], ["training image"]
     for i in IMAGES:
-        image = read_pair(source.train[i], source.table(training=True), len(source.classes))[1][None]
+        image = read_image(source.train[i][1])[None]
         c = F.normalize(teacher.encode_image(image / 255), dim=1)
         row = [pictures.as_image(image[0])]
         for step, model in stages:
             a = torch.einsum("bdhw,bd->bhw", model(image / 255), c)
             inside = torch.ones(1, a[0].numel(), dtype=torch.bool)
             k = losses.k_at(min(step, config["steps"] - 1), config["steps"], inside, config["k_end"])
-            row.append(heat(a[0], 0, 1))
+            row.append(heat(a[0], 0, TOP))
             outline(row[-1], losses.select(a.flatten(1), k, inside).view_as(a)[0] > 0)
             if not rows:
                 titles.append(f"step {step}: {int(k)} of {inside.shape[1]}")
@@ -95,21 +90,24 @@ def selection(stages, config, teacher, source):
 
 
 @torch.no_grad()
-def words(model, config):
-    """One scene and the cosine of its dense features with each of WORDS."""
-    image = world.draw(np.random.RandomState(WORDS_SEED), nouns=tuple(WORDS))[0]
-    image = torch.from_numpy(image).permute(2, 0, 1)[None]
-    t = models.text_embeddings(model.clip[0], list(WORDS), config["templates"])
-    cosines = torch.einsum("bdhw,kd->kbhw", model(image / 255), t)[:, 0]
-    return grid([[pictures.as_image(image[0]), *(heat(cosine, 0, 1) for cosine in cosines)]],
-                ["image", *(f"{word} ({kind})" for word, kind in WORDS.items())])
+def words(model, image, titles, templates):
+    """image uint8 (3, H, W) and {word: title} -> the image and the cosine of its dense features with each word."""
+    t = models.text_embeddings(model.clip[0], list(titles), templates)
+    cosines = torch.einsum("bdhw,kd->kbhw", model.eval()(image[None] / 255), t)[:, 0]
+    row = [pictures.as_image(image), *(heat(cosine, 0, TOP) for cosine in cosines)]
+    return grid([row], ["image", *titles.values()])
+
+
+def scene(seed, *nouns):
+    """-> uint8 (3, 64, 64), a scene of these emoji"""
+    return torch.from_numpy(world.draw(np.random.RandomState(seed), nouns=nouns)[0]).permute(2, 0, 1)
 
 
 def main(args):
     stages, config, teacher = students(args.run)
     source = open_run_dataset(config)
     pictures.save(selection(stages, config, teacher, source), ASSETS / "selection.png")
-    pictures.save(words(stages[-1][1], config), ASSETS / "words.png")
+    pictures.save(words(stages[-1][1], scene(WORDS_SEED, *WORDS), WORDS, config["templates"]), ASSETS / "words.png")
     shutil.copy(args.run / "preview.png", ASSETS / "preview.png")
     print(f"wrote preview.png, selection.png and words.png into {ASSETS}")
 

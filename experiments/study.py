@@ -1,4 +1,4 @@
-"""The controlled comparison on the embedded default: train.py with and without a part, on several worlds.
+"""The controlled comparison on the toy data set: train.py with and without a part, on several worlds.
 
     python -m experiments.study                                       # the five ROWS on worlds 0 to 7, seed 0
     python -m experiments.study --worlds 0 --seeds 0 1 2              # the noise of a run
@@ -6,12 +6,12 @@
     python -m experiments.study --worlds 0 1 2 --rows "full images=250" "linear images=250"        # a hypothesis
     python -m experiments.study --report                              # docs/results.md and .png from what is there
 
-A row is a name of ROWS. After it may stand flags of train.py, and changes of the data: images=N keeps the first N
+A row is a name of ROWS. It may be followed by flags of train.py and changes of the data: images=N keeps the first N
 training images, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
-unseen classes; world N lies in data/toy-N and is drawn where it is missing.
+unseen classes; world N is in data/toy-N and is drawn if it is missing.
 Each run is a process of one thread, two run at a time. A finished run is a line of experiments/results/study.jsonl, so
-the study goes on where it was interrupted. All lines of that file are of one state of METHOD's files (comments apart)
-and of one precision: others are refused.
+the study goes on where it was interrupted. All lines of that file must have the same METHOD files (ignoring comments)
+and the same precision; the study refuses others.
 """
 import argparse
 import ast
@@ -47,8 +47,8 @@ ROOT = Path(__file__).parent.parent
 DATA, RUNS = ROOT / "data", ROOT / "runs/study"
 RESULTS, REPORT = ROOT / "experiments/results/study.jsonl", ROOT / "docs/results.md"
 METHOD = ("train.py", "evaluate.py", "model.py", "clip_head.py", "losses.py", "data.py", "bodies/small.py",
-          "clip/model.py", "clip/tokenizer.py", "sources/toy.py", "toy/world.py", "toy/sprites.txt", "toy/sprites.png",
-          "toy/clip.pt")  # what scores hang on
+          "clip/model.py", "clip/tokenizer.py", "sources/toy.py", "toy/world.py", "toy/sprites.py", "toy/sprites.txt",
+          "toy/sprites.png", "toy/clip.pt")  # what the scores depend on
 SHOWN = ("table", "preview", "report")  # of evaluate.py: what people see of the scores
 SCORES = {"mIoU_seen": "seen", "mIoU_unseen": "unseen", "hIoU": "hIoU"}
 # Student's t: 95 % of the values lie between -t and t, by the number of values in the mean
@@ -94,8 +94,10 @@ def draw(seed, changes):
     root = DATA / (f"toy-{seed}" if seed else "toy")
     if not root.exists():
         world.write(root, seed)
-    if read_lines(root / "unseen.txt") != world.unseen(seed):
-        raise UserError(f"{root} is not world {seed}, its unseen classes are others: take it away")
+    first = world.draw(np.random.RandomState(seed))[0]
+    if read_lines(root / "unseen.txt") != world.unseen(seed) or not np.array_equal(
+            Image.open(root / "images/train_00000.png"), first):
+        raise UserError(f"{root} is not world {seed} as it is drawn now: delete it")
     if not changes:
         return root
     changed = DATA / "-".join([f"toy-{seed}", *(f"{key}{n}" for key, n in changes.items())])
@@ -155,8 +157,8 @@ def finished(now=None):
     states = {(line["method"], line["precision"]): line["commit"] for line in lines} | ({now: "now"} if now else {})
     if lines and len(states) > 1:
         listed = "; ".join(f"{method} in {precision} ({at})" for (method, precision), at in states.items())
-        raise UserError(f"{RESULTS} has runs of more than one method or precision: {listed}. Their figures do not "
-                        "compare: take the lines of all but one out, or move the file away")
+        raise UserError(f"{RESULTS} has runs of more than one method or precision: {listed}. Their scores are not "
+                        "comparable: keep the lines of one only, or move the file away")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Data sets by name. One file a data set says where it lies, what its mask values mean and how it is fetched.
+"""Data sets by name. One file per data set says where it is, what its mask values mean and how it is fetched.
 
     toy.py  folder.py (own data)  voc.py  coco_stuff.py  context.py
     dataset.py    what all of them are: Recipe, DataSource

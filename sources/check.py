@@ -1,4 +1,4 @@
-"""The data check: what training would only show as bad figures, found in seconds. train.py starts with it.
+"""The data check finds in seconds what training would only show as bad scores. train.py starts with it.
 
     python data.py --dataset voc --download   # fetches what is missing, then looks at it
     python data.py --dataset my_data          # the check alone: counts, mask values, a picture
@@ -24,12 +24,12 @@ def check(source, picture=None):
     check_table(source)
     remarks, samples = [], []
     if named := [name for name in source.classes if name.lower() in NO_THING]:
-        remarks.append(f"warning: {named[0]!r} is a class, but no thing that CLIP could know: the field makes it 255")
+        remarks.append(f"warning: {named[0]!r} is a class, but CLIP cannot know what it means: label it 255")
     if both := {file[1] for file in source.train} & {file[1] for file in source.val}:
         remarks.append(f"warning: {len(both)} test images are training images too, such as {min(both).name}")
     for part, files in (("training", source.train), ("test", source.val)):
         if source.expected and len(files) != (expected := source.expected[part == "test"]):
-            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: figures do not compare")
+            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: scores not comparable")
         looked = files[::-(-len(files) // CHECKED)]
         masks = [value_counts(file[2]) for file in looked]
         check_values(source, part, masks)
@@ -51,14 +51,14 @@ def check(source, picture=None):
 
 
 def check_table(source):
-    """The proof that no mask, looked at or not, can show an unseen class to the losses: the table has 256 entries."""
+    """Proves for all 256 mask values, and so for every mask, that the losses cannot see an unseen class."""
     names = [source.classes[k] for k in source.seen]  # of the labels that the losses see
     for value, label in enumerate(source.table(training=True).tolist()):
         k = source.values.get(value)
         right = (IGNORE, INVALID) if k is None or k in source.unseen else (source.seen.index(k),)
         if label not in right:
             raise DataError(f"the mask value {value} of {source.name} would be trained as "
-                            f"{names[label] if label < len(names) else label}: a fault of the program, report it")
+                            f"{names[label] if label < len(names) else label}: this is a bug, please report it")
 
 
 def check_values(source, part, masks):
@@ -115,7 +115,7 @@ def main(args):
           f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
     for remark in check(source, args.picture):
         print(remark)
-    print(f"no error in up to {CHECKED} training and {CHECKED} test images; look at {args.picture}: do the labels fit?")
+    print(f"no error in up to {CHECKED} training and {CHECKED} test images; are the labels in {args.picture} right?")
 
 
 def parse(argv=None):

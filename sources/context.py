@@ -1,4 +1,4 @@
-"""PASCAL Context, 49 seen and 10 unseen of its 59 classes. Two choices of the ten are in print: a name for each."""
+"""PASCAL Context, 49 seen and 10 unseen of its 59 classes. Two lists of the ten are published: a name for each."""
 from sources.dataset import PROTOCOL, DataSource, Recipe, locate
 from sources.files import MASKS, DataError, list_files, pair_up, read_lines
 

@@ -64,7 +64,7 @@ class DataSource:
             for word in filter(None, map(plain, name.split(","))):
                 if owner.setdefault(word, name) != name:
                     raise DataError(f"{self.name}: the classes {owner[word]!r} and {name!r} share the name {word!r}, "
-                                    "so that words cannot tell them apart: take it out of one of them")
+                                    "so text cannot tell them apart: remove it from one of them")
 
     @property
     def seen(self):

@@ -1,7 +1,7 @@
 """Fetches archives and unpacks them, whole or not at all.
 
 An archive arrives as NAME.partial in the data set's folder; an interrupted transfer goes on from there. It gets its
-name once its checksum fits, whoever served it, and is deleted once its files are unpacked. One that the user put there
+name once its checksum matches, whatever the server, and is deleted once it is unpacked. One that the user put there
 is taken too.
 """
 import contextlib
@@ -47,7 +47,7 @@ def bring(dataset, root, wanted):
 
 
 def reserve(dataset, root, archives):
-    """Says what will come and how much disk it takes. Raises DataError if the disk is too small."""
+    """Prints what will be downloaded and how much disk it needs. Raises DataError if the disk is too small."""
     stays = peak = 0
     for archive in archives:  # one after the other: each is deleted before the next one comes
         peak = max(peak, stays + archive.size + archive.unpacked)
@@ -55,8 +55,8 @@ def reserve(dataset, root, archives):
     arrived = sum(path.stat().st_size for archive in archives for path in root.glob(f"{archive.name}*"))
     free = shutil.disk_usage(root).free
     size, disk, end, left = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
-    text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size}; takes {disk} of disk on "
-            f"the way and {end} in the end, {left} are free in {root}")
+    text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size}; needs {disk} of disk at "
+            f"first and {end} in the end, {left} are free in {root}")
     if free < peak - arrived:
         raise DataError(f"{text}: make room, or name a folder on another disk with --data-root")
     print(text, flush=True)
@@ -80,10 +80,10 @@ def fetch(archive, root):
             return target
         except (OSError, HTTPException) as error:  # refused, not found, too slow, cut off, another file
             if getattr(error, "errno", None) == errno.ENOSPC:
-                raise DataError(f"the disk of {root} is full: make room and call again, it goes on from here") from None
+                raise DataError(f"the disk of {root} is full: free some space and run it again, it continues") from None
             print(f"    failed: {str(error) or type(error).__name__}", flush=True)
-    raise DataError(f"{archive.name} could not be fetched from any of {len(archive.addresses)} addresses: call again "
-                    f"later, or bring it yourself as {target}" + f" (md5 {archive.md5})" * bool(archive.md5))
+    raise DataError(f"{archive.name} could not be downloaded from any of {len(archive.addresses)} addresses: try again "
+                    f"later, or get it yourself and put it at {target}" + f" (md5 {archive.md5})" * bool(archive.md5))
 
 
 def transfer(address, partial, archive):

@@ -1,4 +1,4 @@
-"""Reads lists, folders, images and masks as people have them. Every error says what to do about that very file."""
+"""Reads users' lists, folders, images and masks. Every error names the file and says what to do."""
 import os
 
 import numpy as np
@@ -24,7 +24,7 @@ class DataError(UserError):
 def read_lines(path):
     """Text file -> its lines without spaces around them and without empty ones; UTF-8, or UTF-16 with its mark."""
     if not path.is_file():  # a pipe would be waited for
-        raise DataError(f"no file {path}: expected text with a name a line")
+        raise DataError(f"no file {path}: expected a text file with one name per line")
     data = path.read_bytes()
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")  # Windows' marks
@@ -76,7 +76,7 @@ def without_suffix(name):
 
 
 def read_image(path, upright=False):
-    """File -> uint8 RGB (3, H, W). `upright`: turned as the camera noted in EXIF, which masks do not follow."""
+    """File -> uint8 RGB (3, H, W). `upright`: rotated as EXIF says; masks are not rotated."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image))
@@ -86,7 +86,7 @@ def read_image(path, upright=False):
         raise DataError(f"the image {path} has over {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: make it "
                         "smaller, or cut it into pieces") from None
     except Exception as error:  # Pillow raises all sorts on damaged files
-        raise DataError(f"cannot read the image {path} ({error}): expected a whole file of the kinds "
+        raise DataError(f"cannot read the image {path} ({error}): expected an intact file in one of the formats "
                         f"{', '.join(FORMATS)}; replace it or leave it out") from None
 
 

@@ -1,4 +1,4 @@
-"""The embedded default: the scenes of emoji of toy/world.py, in the layout of own data."""
+"""The toy data set: the scenes of emoji of toy/world.py, in the layout of own data."""
 import contextlib
 
 from sources.dataset import Recipe
@@ -16,8 +16,8 @@ def open_toy(root):
         with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
             world.write(root)
     source = open_folder(root, "toy", world.TEMPLATES, TOY)
-    if source.classes != world.CLASSES:
-        raise DataError(f"{root} is not of this version's toy: take it away, and it is drawn anew; to train on it as "
-                        f"it is, use --dataset {root}")
+    if source.classes != world.CLASSES or not (root / "demo.png").is_file():
+        raise DataError(f"{root} was not drawn by this version: delete it, and `python -m toy.world --root {root}` "
+                        f"draws it again; to train on it as it is, use --dataset {root}")
     source.demo = (root / "demo.png", (*world.DEMO, *world.STUFF))
     return source

@@ -1,4 +1,4 @@
-"""What every command needs and no reader of the method must know: checkpoints, errors, signals, processes, pictures."""
+"""Needed by every command, but not part of the method: checkpoints, errors, signals, processes, pictures."""
 
 
 class UserError(ValueError):

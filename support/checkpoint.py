@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, read as data, resumed exactly.
 
     last.pt     the newest state of the run
-    former.pt   the save before it; while a new run has not saved yet, the last state of the run before
+    former.pt   the previous save; until a new run's second save, the last state of the previous run
 
-There is no best.pt: only the test could choose it. No random state is saved: the order of the images, the crops and
+There is no best.pt: choosing it needs the test set. No random state is saved: the order of the images, the crops and
 every other draw follow from the seed, the step and the process.
 """
 import json
@@ -77,7 +77,7 @@ def save(out, model, optimizer, step, bank, config):
         atomic(last, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"step {step} could not be saved in {out} ({first_line(error)}): is the disk full? "
-                              "last.pt is as it was, --resume goes on from it") from None
+                              "last.pt is unchanged, --resume continues from it") from None
 
 
 def first_line(error):
@@ -103,7 +103,7 @@ def read_checkpoint(path):
             raise CheckpointError(f"{error}; the save before it, {former} of step {step}, is whole: rename it to "
                                   "last.pt to go on from there") from None
         raise CheckpointError(f"no {path}: the newest run in this folder ended before its first save. {former} of step "
-                              f"{step} is of the run before: rename it to last.pt to use it, or train anew without "
+                              f"{step} is of the previous run: rename it to last.pt to use it, or train again without "
                               "--resume") from None
 
 
@@ -155,8 +155,8 @@ def newest_run(root="runs"):
 def begin(out, model, optimizer, bank, config, again):
     """Readies the run folder, and goes on from its last.pt if `again` -> first step, bank (M, D), remarks.
 
-    All processes call it; only the first needs the folder and writes into it. Call it when nothing else can fail, for
-    a new run puts the files of the run before aside. bank: the empty one of a new run, (0, D)."""
+    All processes call it; only the first needs the folder and writes into it. Call it when nothing else can fail, as
+    a new run moves the previous run's files. bank: the empty one of a new run, (0, D)."""
     step, remarks = 0, []
     if again:
         step, bank, remarks = resume(out / "last.pt", model, optimizer, bank, config)
@@ -188,8 +188,8 @@ def resume(path, model, optimizer, empty, config):
         if (was := saved["config"].get(key)) != config[key]:
             (remarks if key in MAY_CHANGE else refused).append(f"{key} was {str(was)[:60]}, is {str(config[key])[:60]}")
     if refused:
-        raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(refused)}. Use the former "
-                              "ones, or train anew into another --out-dir")
+        raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(refused)}. Use the old "
+                              "ones, or start a new run in another --out-dir")
     if (was := saved["processes"]) != world_size():
         remarks.append(f"{was} processes before, {world_size()} now: the same batches, other rounding")
     model.load_trained_state(saved["model"])

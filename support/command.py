@@ -1,6 +1,6 @@
 """How a command ends early: errors in one line, signals that save first, losses that are not finite.
 
-With several processes all of them end at the same step, and only the one with the cause speaks.
+With several processes all of them end at the same step, and only the process that failed prints a message.
 """
 import atexit
 import math
@@ -22,7 +22,7 @@ SIGNALS = []  # those that Signals took note of
 
 
 def run_command(main, parse):
-    """Runs main(parse()); what the user can mend ends in one line instead of a traceback.
+    """Runs main(parse()); errors that the user can fix are printed in one line, without a traceback.
 
     torchrun ends all processes as soon as one has ended. So the others wait a little before they speak, those that
     only lost a connection longest, or they say nothing if a signal came before."""

@@ -47,7 +47,7 @@ class Log:
             eta = timedelta(seconds=round(pace * (self.steps - step - 1)))
         self.say(f"step {step:5d}/{self.steps}  loss {numbers['loss']:.3f}  seg {numbers['loss_seg']:.3f}  "
                  f"sgd {numbers['loss_sgd']:.3f}  sam {numbers['loss_sam']:.3f}  k {k:.0f}  lr {lr:.1e}"
-                 + (f"  {pace:.2f} s a step, {eta} to go" if self.warm else ""))
+                 + (f"  {pace:.2f} s per step, {eta} left" if self.warm else ""))
         self.warm = self.warm or (step, seconds)
         self.write(step=step, **{name: numbers[name] for name in numbers if name != "gradient"}, k=k, lr=lr)
 

@@ -96,7 +96,7 @@ def with_legend(canvas, entries, size):
 
 
 def sheet(rows, titles, names, side=192, gap=6):
-    """Rows of pictures, `side` pixels wide, under one title a column; below them the colours of {index: name}."""
+    """Rows of pictures, `side` pixels wide, under one title per column; below them the colours of {index: name}."""
     sized = [[as_image(p).resize((side, min(max(round(side * p.shape[1] / p.shape[2]), 1), 3 * side)), Image.NEAREST)
               for p in row] for row in rows]
     heights = [max(image.height for image in row) + gap for row in sized]
@@ -136,7 +136,7 @@ def overlay(picture, labels, names):
 def places(index, boxes):
     """Labels (h, w), {class: (width, height) of its name} -> [(class, x, y of the name's middle)], none overlapping.
 
-    A name stands where its box holds most of its class, and is left out if no box holds 0.6 of it."""
+    A name goes where its class fills most of its box, and is left out if no box is filled to 60 %."""
     step = -(-max(index.shape) // 160)  # pixels a cell of the grid on which this is done
     grid, found = torch.from_numpy(index[::step, ::step].copy()), []
     taken = torch.zeros(grid.shape, dtype=torch.bool)

@@ -1,6 +1,6 @@
 """One process or many: torchrun's environment, the device, and what all processes agree on.
 
-Without a launcher there is one process, and every function here does nothing but say so.
+Without a launcher there is one process, and the functions here do nothing special.
 """
 import contextlib
 import os
@@ -22,9 +22,9 @@ def start(name=None):
     if name not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: expected cpu, cuda or mps")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch finds no GPU that it can use: leave --device away")
+        raise UserError("--device cuda, but PyTorch finds no GPU that it can use: drop --device")
     if name == "mps" and not torch.backends.mps.is_available():
-        print("--device mps: PyTorch offers no MPS on this machine, so the CPU does the work", flush=True)
+        print("--device mps: PyTorch offers no MPS on this machine, so the CPU is used", flush=True)
         name = "cpu"
     device = torch.device(name)
     if name == "cuda":

@@ -151,7 +151,7 @@ def test_open_clip_folder(name, quick_gelu, tmp_path):
     assert len(set(seen)) == 1
     (tmp_path / "open_clip_pytorch_model.bin").rename(tmp_path / "alone.pt")
     ours = clip.load(tmp_path / "alone.pt")
-    assert "none of OpenAI's files" in ours.remark
+    assert "not one of OpenAI's files" in ours.remark
     if name == "ViT-B/32":  # read wrongly, and no shape tells: so the remark
         assert (ours.encode_image(images) - theirs.encode_image(normalised)).abs().max() > 0.001
         assert clip.fingerprint(ours) != seen[0]

@@ -115,7 +115,7 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
             ({"state_dict": small, "best": np.float64(1)}, r"wants the class numpy\S*scalar.*weights_only=False"),
             ([1, 2], "no CLIP with a ViT: none of its 0 tensors"), ({"a": torch.zeros(1)}, "none of its 1 tensors"),
             ({k: x for k, x in small.items() if k != "visual.proj"}, "1 tensors differ.* visual.proj, is missing"),
-            ({k: x for k, x in small.items() if k.startswith("visual.")}, "no whole CLIP.*lacks .*'text_projection'"),
+            ({k: x for k, x in small.items() if k.startswith("visual.")}, "complete CLIP.*lacks .*'text_projection'"),
             (small | {"visual.more": torch.zeros(1)}, "another model: .*visual.more, is unexpected"),
             (small | {"ln_final.bias": torch.zeros(3)}, r"ln_final.bias has shape \(3,\)"),
             (small | {"visual.proj": small["visual.proj"] * torch.nan}, "not finite"),
@@ -301,7 +301,7 @@ def test_downloads(server, monkeypatch, tmp_path, tiny_clip_file, capsys):
     assert server.seen == where and [p.name for p in clip.CACHE.iterdir()] == ["tiny.pt"]
 
     (clip.CACHE / "tiny.pt").write_bytes(b"spoilt")
-    refused(clip.CACHE / "tiny.pt", "none of OpenAI's|no file of")
+    refused(clip.CACHE / "tiny.pt", "not one of OpenAI's|no file of")
     with pytest.raises(clip.CLIPError, match=r"tiny.pt is not OpenAI's tiny \(its sha256 differs\): delete it"):
         clip.load("tiny")
     assert server.seen == where  # not overwritten unasked
@@ -318,7 +318,7 @@ def test_downloads(server, monkeypatch, tmp_path, tiny_clip_file, capsys):
 
 
 def test_the_remark_is_of_strangers_only(tiny_clip_file, monkeypatch):
-    assert "none of OpenAI's files" in clip.load(tiny_clip_file).remark
+    assert "not one of OpenAI's files" in clip.load(tiny_clip_file).remark
     assert clip.load(loading.HERE / "toy" / "clip.pt").remark is None
     monkeypatch.setitem(clip.MODELS, "theirs", (clip.file_sha256(tiny_clip_file), "x.pt"))
     assert clip.load(tiny_clip_file).remark is None

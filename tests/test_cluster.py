@@ -187,7 +187,7 @@ def test_nothing_depends_on_the_number_of_processes(script, base, whole, tmp_pat
 
 def test_a_batch_that_does_not_divide(script, base, tmp_path):
     _, err = finish(start(script, *base, "--batch-size", 5, "--out-dir", tmp_path / "out", ranks=2), ok=False)
-    assert re.findall("^error: .*", err, re.M) == ["error: --batch-size 5 does not divide among 2 processes: use 4"]
+    assert re.findall("^error: .*", err, re.M) == ["error: --batch-size 5 cannot be divided among 2 processes: use 4"]
 
 
 @pytest.mark.parametrize("whom", ["one", "all"])

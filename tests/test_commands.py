@@ -208,13 +208,13 @@ def test_departures_from_a_benchmark_are_said(tiny_clip_file, tmp_path, monkeypa
     result = read(out / "metrics.json")
     assert status == 0 and sides == {32} and result["departures"] == f"{said}, test short side 32", words
     assert set(result) == RESULT | {"unseen_only"}
-    assert "labelled among these alone: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
+    assert "labelled with these only: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
 
 
 def test_predict_alone_labels_a_scene_of_what_no_mask_showed(run, root, tmp_path):
     text = run_inside(predict, "--run", run[0], "--out-dir", tmp_path, "--device", "cpu")[1]
     found = read(tmp_path / "demo.json")
-    assert text.startswith("no image named: one of toy\n") and found["picture"] == str(root / "toy/demo.png")
+    assert text.startswith("no image given: using one of toy\n") and found["picture"] == str(root / "toy/demo.png")
     assert list(found["classes"]) == [*world.DEMO, *world.STUFF] and sum(found["classes"].values()) == pytest.approx(1)
     run_inside(predict, "--run", run[0], "--out-dir", tmp_path, "--device", "cpu", "--classes", "cat, dog")
     assert list(read(tmp_path / "demo.json")["classes"]) == ["cat", "dog"]
@@ -224,7 +224,7 @@ def test_a_world_of_another_version_is_not_trained_on(root, tmp_path):
     old = shutil.copytree(root / "toy", tmp_path / "old")
     (old / "classes.txt").write_text("\n".join(f"red {name}" for name in world.CLASSES))
     (old / "unseen.txt").unlink()
-    with pytest.raises(sources.DataError, match="old is not of this version's toy: take it away"):
+    with pytest.raises(sources.DataError, match="old was not drawn by this version: delete it"):
         sources.open_dataset("toy", old)
 
 

@@ -78,7 +78,7 @@ def test_addresses_are_tried_in_order_until_the_checksum_fits(archive, capsys):
 def test_what_came_is_kept_and_checked(archive):
     at, content, root = archive
     with serve({"/set.tar": cut(content, 70_000)}) as (server, _):
-        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* as {root}/set.tar .md5 {at().md5}"):
+        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* {root}/set.tar .md5 {at().md5}"):
             download.fetch(at(server), root)
     assert (root / "set.tar.partial").read_bytes() == content[:70_000]
     with serve({"/set.tar": cut(content, len(content))}) as (server, _):  # a server that knows no ranges
@@ -100,7 +100,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(archive, monk
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Disk(10**10, 0, int(free)))
     download.reserve("voc", root, [big, at()])  # one after the other
     free = 4.99e9
-    with pytest.raises(sources.DataError, match="set.tar: 4.0 GB; takes 5.0 GB of disk on the way and 1.0 GB in the "
+    with pytest.raises(sources.DataError, match="set.tar: 4.0 GB; needs 5.0 GB of disk at first and 1.0 GB in the "
                                                 "end, 5.0 GB are free in .*make room, or"):
         download.bring("voc", root, {big: {"pictures": root / "pictures"}})
     with open(root / "set.tar.partial", "wb") as file:
@@ -112,7 +112,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(archive, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(download, "transfer", full)
-    with pytest.raises(sources.DataError, match="the disk of .* is full: make room and call again"):
+    with pytest.raises(sources.DataError, match="the disk of .* is full: free some space and run it again"):
         download.fetch(big, root)
 
 
@@ -179,7 +179,7 @@ def test_from_nothing_to_two_steps_of_voc(from_server, tiny_clip_file, tmp_path)
     command = [data_check, *args, "--download", "--picture", tmp_path / "check.png"]
     status, text, words = run_inside(*command)
     assert status == 0, words
-    assert "voc: fetching VOCtrainval_11-May-2012.tar, benchmark.tgz: 0.0 GB; takes 2.2 GB of disk" in text
+    assert "voc: fetching VOCtrainval_11-May-2012.tar, benchmark.tgz: 0.0 GB; needs 2.2 GB of disk" in text
     assert "voc: 12 training images, 3 test images, 15 seen classes, 5 unseen" in text
     assert (tmp_path / "check.png").exists() and len(asked) == 2
     tree = root / "VOCdevkit/VOC2012"

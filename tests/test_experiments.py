@@ -110,7 +110,7 @@ def test_changes_of_the_data(places):
     assert [len(names) for names in seen] == [21, 8, 4] and seen[0] > seen[1] > seen[2]
     assert (fewer / "images" / (read(fewer, "train.txt")[0] + ".png")).exists()
     (study.DATA / "toy-2").symlink_to(root)
-    with pytest.raises(UserError, match="toy-2 is not world 2"):
+    with pytest.raises(UserError, match="toy-2 is not world 2 as it is drawn now"):
         study.draw(2, {})
 
 
@@ -164,19 +164,20 @@ def test_a_heat_map_and_its_outline_pixel_by_pixel():
     assert image.getpixel((180, 180)) == image.getpixel((10, 180))  # clamped
     half = figures.SIDE // 2
     figures.outline(image, torch.tensor([[True, True], [False, False]]))
-    assert image.getpixel((half // 2, half)) == image.getpixel((half // 2, 0)) == figures.EDGE
+    assert image.getpixel((half // 2, half - 1)) == image.getpixel((half // 2, 0)) == figures.EDGE
+    assert image.getpixel((half // 2, half)) == tuple(figures.RAMP[-1])
     assert image.getpixel((half, half // 2)) == tuple(figures.RAMP[0])  # no line between two that are both chosen
 
 
 def test_the_figures_of_a_run(tmp_path, monkeypatch):
     world.write(tmp_path / "toy", train=12, val=2)
     run_inside(train, "--data-root", tmp_path / "toy", "--out-dir", tmp_path / "run", "--device", "cpu", "--workers", 0,
-               "--steps", 3, "--save-every", 2, "--batch-size", 2, "--k-end", 0.25)
+               "--steps", 5, "--save-every", 3, "--batch-size", 2, "--k-end", 0.2)
     chosen = []
     monkeypatch.setattr(figures, "ASSETS", tmp_path)
     monkeypatch.setattr(figures, "outline", lambda image, cells: chosen.append(int(cells.sum())))
     assert "wrote preview.png" in run_inside(figures, "--run", tmp_path / "run")[1]
-    assert chosen == [256, 64, 64] * 3  # steps 0, 2 and 2: three steps end at step 2
+    assert chosen == [256, 103, 52] * 3  # steps 0, 3 and 4: shares 1, 0.4, 0.2
     assert Image.open(tmp_path / "selection.png").size == (792, 616)
     assert Image.open(tmp_path / "words.png").size == (792, 216)
 

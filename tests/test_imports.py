@@ -78,6 +78,8 @@ def test_imports_run_one_way():
     ("train.py", "import predict", "train.py:1 imports predict, which lies beside it"),
     ("toy/pretrain.py", "from experiments import study", "toy/pretrain.py:1 imports experiments.study, which its tests "
      "alone may"),
+    ("toy/sprites.py", "import resvg_py", None),
+    ("toy/world.py", "import resvg_py", "toy/world.py:1 imports resvg_py, which requirements.txt does not have"),
     ("model.py", "import timm, json", "model.py:1 imports timm, which requirements.txt does not have"),
     ("sources/a.py", "from sources.b import x", "a circle of imports: sources."),
     ("new.py", "", "new.py has no place in this list"),

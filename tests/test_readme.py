@@ -53,6 +53,10 @@ def test_flags_and_names_in_the_text_exist(page):
             assert hasattr(importlib.import_module(home), name), text
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not [mark for text in TEXT.values() for mark in re.findall(r"@[A-Z]+@", text)]
+
+
 def test_the_body_of_your_own_builds_as_it_stands():
     pytest.importorskip("timm")
     code, = re.findall(r"```python\n(.*?)```", TEXT[ROOT / "README.md"], re.DOTALL)
@@ -67,23 +71,26 @@ def test_the_first_commands_run_as_they_stand(tmp_path):
     """README's first two blocks, in an empty folder; the training is cut to 4 steps."""
     lines = [line.partition("#")[0].strip() for page, line in COMMANDS if page.name == "README.md"]
     first = [line for line in lines[:lines.index("python data.py --dataset voc --download")]
-             if line.startswith("python ") and "venv" not in line]
+             if line.startswith("python ")]
     assert first == ["python train.py", "python predict.py", "python evaluate.py", "python train.py --resume"]
     for line in first:
         words = [word if word != "train.py" else "train.py --steps 4" for word in line.split()[1:]]
         script, *flags = " ".join(words).split()
         done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and not done.stderr, f"{line}: {done.stderr}"
+        assert done.returncode == 0 and "error" not in done.stderr.lower(), f"{line}: {done.stderr}"
     assert (tmp_path / "runs/toy/predictions/demo.overlay.png").exists()
 
 
-def test_the_tour_runs_and_is_stored_with_its_outputs():
+def test_the_tour_runs_and_is_stored_with_its_outputs(tmp_path):
     path = ROOT / "docs/tour.ipynb"
     tour = nbformat.read(path, as_version=4)
+    for file in ROOT.iterdir():  # the repository without its data, which it draws
+        if file.name not in ("data", "runs"):
+            (tmp_path / file.name).symlink_to(file)
     cells = [cell for cell in tour.cells if cell.cell_type == "code"]
     assert path.stat().st_size < 2**20 and all(cell.outputs and cell.execution_count for cell in cells)
     training, = [cell for cell in cells if "STEPS, bank = " in cell.source]
     training.source = re.sub(r"STEPS, bank = \d+", "STEPS, bank = 2", training.source)
-    NotebookClient(tour, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(tour, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
     assert sum(pictures) >= 6

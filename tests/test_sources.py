@@ -68,11 +68,11 @@ def test_official_trees(name, trees, tmp_path):
     remarks = data_check.check(source, tmp_path / "check.png")
     counts = MODULES[name].COUNTS
     assert [remark for remark in remarks if "benchmark" in remark] == [
-        f"warning: {n} {part} images, the benchmark has {count}: figures do not compare"
+        f"warning: {n} {part} images, the benchmark has {count}: scores not comparable"
         for n, part, count in ((12, "training", counts[0]), (3, "test", counts[1]))]
     assert all("classes are in none" in remark for remark in remarks if "benchmark" not in remark)
     sheet = Image.open(tmp_path / "check.png")
-    assert sheet.size[0] == 2 * 192 and len(sheet.getcolors(1 << 20)) > 5
+    assert sheet.size[0] == 2 * 192 + 6 and len(sheet.getcolors(1 << 20)) > 5
     source.train = source.train[::3]
     with pytest.raises(sources.DataError, match="all 4 training images of .* hold an unseen class"):
         sources.without_unseen(source)
@@ -151,7 +151,7 @@ def sixteen(values):
 
 
 OWN = {
-    "no list": (lambda r: (r / "val.txt").unlink(), "no file .*val.txt: expected text"),
+    "no list": (lambda r: (r / "val.txt").unlink(), "no file .*val.txt: expected a text file"),
     "empty list": (text("train.txt", "\n"), "train.txt is empty"),
     "latin-1": (text("classes.txt", b"caf\xe9\n"), "classes.txt as UTF-8 text: save it again with the encoding UTF-8"),
     "folder in names": (text("train.txt", "images/a\nb\n"), "names 'images/a', but .*without folder"),
@@ -298,7 +298,7 @@ def test_own_masks_that_count_from_one_or_keep_background(tmp_path):
     root = own_data(tmp_path / "named", (0, 1), ("background", "dog", "cat"))
     (root / "val.txt").write_text("b\n")
     remarks = data_check.check(sources.open_dataset(root))
-    assert "'background' is a class, but no thing" in remarks[0] and "such as b.jpg" in remarks[1]
+    assert "'background' is a class, but CLIP cannot know" in remarks[0] and "such as b.jpg" in remarks[1]
     assert "1 of 3 seen classes are in none of the 2 training masks looked at (of 2): cat" in remarks[2]
 
 

@@ -301,7 +301,7 @@ def test_a_new_run_puts_the_run_before_aside_and_says_so(out):
 
     for read in (lambda: checkpoint.read_checkpoint(out / "last.pt"), lambda: Run(out, again=True)):  # killed here
         with pytest.raises(CheckpointError, match=f"no {out}/last.pt: .* before its first save. {out}/former.pt of "
-                                                  "step 4 is of the run before: rename it to last.pt"):
+                                                  "step 4 is of the previous run: rename it to last.pt"):
             read()
     assert (out / "former.pt").read_bytes() == good
     os.rename(out / "former.pt", out / "last.pt")  # as it says

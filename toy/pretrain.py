@@ -1,11 +1,12 @@
-"""Trains the tiny CLIP of the embedded default, toy/clip.pt, from nothing: scenes and their captions, no masks.
+"""Trains the tiny CLIP of the toy data set, toy/clip.pt, from scratch: scenes and their captions, no masks.
 
-    python -m toy.pretrain        # 18 minutes on one core; writes toy/clip.pt, and its record into toy/clip.json
+    python -m toy.pretrain     # 18 minutes on one core with AMX; writes toy/clip.pt and its record toy/clip.json
 
 It learns all nouns of toy/sprites.txt and the eight grounds, in three stages (STAGES below): small scenes of one emoji
-whose captions name that alone, larger ones, then scenes as the world's. With grounds in the captions from the start it
-tells grounds apart and learns no nouns. Names of unseen classes occur in captions, as in the real CLIP's; which classes
-are unseen plays no part here. The file is a state dict in OpenAI's names in fp16: `clip.load` reads it like any other.
+whose captions name that alone, larger ones, then scenes as the world's. If captions speak of grounds from the start, it
+learns grounds but no nouns. Names of unseen classes occur in captions, as in the real CLIP's; which classes
+are unseen plays no part here. The scores are of new scenes of the same drawings. The file is a state dict in OpenAI's
+names in fp16: `clip.load` reads it like any other. (Another processor rounds otherwise and makes another file.)
 
 Needs PyTorch 2.9 or newer for its Muon; nothing else here does.
 """

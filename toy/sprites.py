@@ -1,8 +1,8 @@
-"""Makes toy/sprites.png, the emoji of the embedded default's world, from toy/sprites.txt: an emoji and its noun a line.
+"""Makes toy/sprites.png, the emoji of the toy data set, from toy/sprites.txt, one emoji and its noun per line.
 
-288 nouns in three styles of free licence, drawn from the SVG files that npm's packages of Iconify hold. The sheet has
-12 nouns a row in the order of the list, each in three neighbouring cells of 48 pixels, one a style. Nothing else needs
-this script, nor npm and resvg-py.
+288 nouns in three styles with free licences, drawn from the SVG files in Iconify's npm packages. The sheet has
+12 nouns a row in the order of the list, each in three neighbouring cells of 48 pixels, one a style. Only making
+the sheet needs npm and resvg-py.
 
     npm pack @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/fluent-emoji-flat@1.2.6
     pip install resvg-py==0.5.0

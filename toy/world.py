@@ -1,9 +1,12 @@
-"""The embedded default's world: scenes of emoji on eight grounds.
+"""The toy data set: scenes of emoji on eight grounds (stuff classes: grass, sky, …).
 
-20 things, the classes of PASCAL VOC ("dining plate" stands for its dining table), and 8 grounds are the classes; one
-emoji in seven is something else and is void in the masks. 5 things and 2 grounds are unseen: in world 0 VOC's usual
-five, snow and brick wall, in other worlds others. `demo` is a scene of things that are no class of any world.
-Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine.
+The classes are 20 things, those of PASCAL VOC ("dining plate" stands for its dining table), and 8 grounds. One emoji in
+seven is something else and is void in the masks. 5 things and 2 grounds are unseen: in world 0 VOC's usual
+five, snow and brick wall; each other world has its own. `demo` is a scene of things that are no class of any world.
+Each noun has three drawings, the same in training, at test and in the training of toy/clip.pt: a test scene is a new
+arrangement of known drawings.
+Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine:
+tests/test_toy.py has a checksum.
 
     python -m toy.world                              # writes data/toy (train.py does it by itself)
     python -m toy.world --root data/other --seed 1   # other scenes, another choice of unseen classes
@@ -41,7 +44,7 @@ DEMO, DEMO_SEED = ("octopus", "pizza", "rocket"), 172  # a seed that leaves room
 
 
 def unseen_kinds(seed=0):
-    """What is new: 5 things and 2 grounds. By the seed; of seed 0 the things are VOC's usual ones."""
+    """The unseen classes, drawn from the seed: 5 things and 2 grounds. Seed 0 has VOC's usual things."""
     rng = np.random.RandomState(seed)
     things = rng.choice(THINGS, 5, replace=False) if seed else VOC_UNSEEN
     grounds = rng.choice(STUFF, 2, replace=False) if seed else ("snow", "brick wall")
@@ -106,7 +109,7 @@ def _sprites():
 
 def _emoji(rng, noun, x, y, cx, cy, side):
     """Points (x, y) -> colour times opacity, and opacity, of an emoji at (cx, cy): (..., 4). It is in one of three
-    styles, turned a little, or mirrored."""
+    styles, turned a little, mirrored half of the time."""
     styles = _sprites()[noun]
     sprite, angle, mirror = styles[rng.randint(len(styles))], rng.uniform(-0.2, 0.2), rng.choice([-1, 1])
     scale, last = sprites.SIDE / side, sprites.SIDE + 0.999
@@ -120,7 +123,7 @@ def _emoji(rng, noun, x, y, cx, cy, side):
 
 
 def draw(rng, others=0.15, things=(1, 3), sides=(24, 44), size=SIZE, nouns=()):
-    """One scene -> image uint8 (size, size, 3), mask uint8 (size, size) of indexes into CLASSES, names of what is seen.
+    """One scene -> image uint8 (size, size, 3), mask uint8 (size, size) of indexes into CLASSES, what is visible.
 
     others  share of OTHERS among the emoji
     things  least and largest number of emoji; fewer where there is no room
@@ -138,7 +141,7 @@ def draw(rng, others=0.15, things=(1, 3), sides=(24, 44), size=SIZE, nouns=()):
     image *= rng.uniform(0.85, 1.08)
     placed = []
     for noun in nouns or [None] * rng.randint(things[0], things[1] + 1):
-        for _ in range(10):  # a place where it hides others in part at most, else no further thing
+        for _ in range(10):  # a place where it hides no other emoji completely, else stop
             side = rng.uniform(*sides)
             cx, cy = rng.uniform(0.4 * side, size - 0.4 * side, 2)
             if all(math.hypot(cx - ox, cy - oy) > 0.4 * (side + other) for ox, oy, other in placed):
@@ -171,7 +174,7 @@ def write(root, seed=0, train=TRAIN, val=VAL):
     Raises FileExistsError where something is there before it starts."""
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} is there already: take it away, or give another folder")
+        raise FileExistsError(f"{root} exists already: delete it, or give another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
