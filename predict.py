@@ -117,7 +117,7 @@ def main(args):
     files = find(args.images)
     if not files:
         source = open_run_dataset(read_checkpoint(checkpoint)["config"])
-        image, words = source.demo or (source.val[0][1], None)
+        image, words = source.demo if source.demo and source.demo[0].is_file() else (source.val[0][1], None)
         files, args.classes = [Path(image)], args.classes or words
         print(f"no image given: using one of {source.name}")
     skipped, stems = 0, set()

@@ -16,7 +16,7 @@ def open_toy(root):
         with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
             world.write(root)
     source = open_folder(root, "toy", world.TEMPLATES, TOY)
-    if source.classes != world.CLASSES or not (root / "demo.png").is_file():
+    if source.classes != world.CLASSES:
         raise DataError(f"{root} was not drawn by this version: delete it, and `python -m toy.world --root {root}` "
                         f"draws it again; to train on it as it is, use --dataset {root}")
     source.demo = (root / "demo.png", (*world.DEMO, *world.STUFF))
