@@ -53,6 +53,7 @@ SHOWN = ("table", "preview", "report")  # of evaluate.py: what people see of the
 SCORES = {"mIoU_seen": "seen", "mIoU_unseen": "unseen", "hIoU": "hIoU"}
 # Student's t: 95 % of the values lie between -t and t, by the number of values in the mean
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201}
+SEARCH = 8  # worlds from here on are for choosing settings
 MARK = "<!-- below: python -m experiments.study --report -->"  # what stands above it in the report is kept
 
 
@@ -209,27 +210,45 @@ def gains(lines, row, key):
 
 def report(lines):
     """-> Markdown"""
-    rows, kinds = list(dict.fromkeys(line["row"] for line in lines)), list(world.unseen_kinds())
-    first = {line["row"]: line for line in reversed(lines)}
     hours, commits = sum(line["seconds"] for line in lines) / 3600, sorted({line["commit"] for line in lines})
-    return "\n\n".join([
-        f"{len(lines)} runs, each of one thread in {lines[0]['precision']}, {hours:.1f} hours together. Commit "
-        f"{', '.join(commits)}, method {lines[0]['method']}.",
+    search, lines = [line for line in lines if line["world"] >= SEARCH], reported(lines)
+    rows, kinds = rows_of(lines), list(world.unseen_kinds())
+    first = {line["row"]: line for line in reversed(lines)}
+    one = (lines or search)[0]
+    parts = [
+        f"{len(lines) + len(search)} runs, each of one thread in {one['precision']}, {hours:.1f} hours together. "
+        f"Commit {', '.join(commits)}, method {one['method']}.",
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
-        "mean of its seeds.",
-        markdown(("row", "what it is", "worlds", *SCORES.values(), "first command"), [
+        "mean of its seeds. The last two columns are mean IoU of the unseen things and of the unseen grounds. Worlds "
+        "differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
+        markdown(("row", "what it is", "worlds", *SCORES.values(), *kinds, "first command"), [
             (row, ROWS[row.split()[0]][0], len(by_world(lines, row, "hIoU")),
-             *(mean_std(by_world(lines, row, key)) for key in SCORES), f"`{first[row]['command']}`") for row in rows]),
+             *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)), f"`{first[row]['command']}`")
+            for row in rows]),
         "Full − row, pairs of one world and seed, with the 95 % interval of Student's t over worlds; bold where 0 lies "
-        "outside. The last two are mean IoU of the unseen things and of the unseen grounds.",
+        "outside.",
         markdown(("full − row", "worlds", *SCORES.values(), *kinds), [
             (row, len(gains(lines, row, "hIoU")), *(interval(gains(lines, row, key)) for key in (*SCORES, *kinds)))
-            for row in rows if row != "full" and gains(lines, row, "hIoU")]),
-        "The noise of a run: hIoU, mean ± standard deviation over the seeds of one world.",
-        markdown(("row", "world", "seeds", "hIoU"), [
-            (row, w, len(seeds), mean_std(list(seeds.values()))) for row in rows
-            for w, seeds in table_of(lines, row, "hIoU").items() if len(seeds) > 1]),
-        f"![seen, unseen and hIoU of each row]({REPORT.stem}.png)\n"])
+            for row in rows if row != "full" and gains(lines, row, "hIoU")])]
+    noise = [(row, w, len(seeds), mean_std(list(seeds.values()))) for row in rows
+             for w, seeds in table_of(lines, row, "hIoU").items() if len(seeds) > 1]
+    if noise:
+        parts += ["The noise of a run: hIoU, mean ± standard deviation over the seeds of one world.",
+                  markdown(("row", "world", "seeds", "hIoU"), noise)]
+    if search:
+        parts += [f"The search for the defaults, on worlds from {SEARCH} on, of which nothing above is reported.",
+                  markdown(("row", "worlds", *SCORES.values()), [
+                      (row, ", ".join(map(str, sorted(table_of(search, row, "hIoU")))),
+                       *(mean_std(by_world(search, row, key)) for key in SCORES)) for row in rows_of(search)])]
+    return "\n\n".join([*parts, f"![seen, unseen and hIoU of each row]({REPORT.stem}.png)\n"])
+
+
+def reported(lines):
+    return [line for line in lines if line["world"] < SEARCH]
+
+
+def rows_of(lines):
+    return sorted(dict.fromkeys(line["row"] for line in lines), key=lambda row: row != "full")
 
 
 def markdown(header, rows):
@@ -238,8 +257,10 @@ def markdown(header, rows):
 
 def plot(lines):
     """Three bars a row, seen, unseen and hIoU; the line at a bar's end is ± the standard deviation over worlds."""
-    rows = list(dict.fromkeys(line["row"] for line in lines))
-    left, wide, high = 30 + max(pictures.length(row, 13) for row in rows), 520, 46  # pixels: names, 100 %, a row
+    lines = reported(lines)
+    rows = rows_of(lines)
+    left = 30 + max((pictures.length(row, 13) for row in rows), default=0)  # pixels of the names
+    wide, high = 520, 46  # pixels of 100 %, of a row
     canvas = Image.new("RGB", (left + wide + 20, high * len(rows) + 60), "white")
     pen = ImageDraw.Draw(canvas)
     for share in range(0, 101, 20):

@@ -60,17 +60,20 @@ def test_the_report_by_hand():
              line("full", 1, 0, 80, 40, 53, (50, 80)), line("full", 2, 0, 75, 45, 55, (50, 70)),
              line("linear", 0, 1, 68, 44, 52, (58, 90)), line("linear", 1, 0, 80, 30, 44, (52, 81)),
              line("linear", 2, 0, 75, 36, 46, (50, 73)), line("linear", 3, 0, 0, 0, 0),
+             line("full", 8, 0, 1, 2, 3), line("full --k-end 1", 8, 0, 4, 5, 6), line("full --k-end 1", 9, 0, 6, 5, 6),
              line("full images=9", 1, 0, 60, 20, 30), line("linear images=9", 1, 0, 60, 18, 28)]
     text = study.report(lines)
     # worlds 60, 53, 55: world 0 counts once, with the mean of its seeds
-    assert "| full | the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | `python train" in text
+    assert ("| full | the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | 53.3 ± 5.8 | "
+            "80.0 ± 10.0 | `python train") in text
     # hIoU: 62 − 52 of the seed that both have, 9, 9; ± 4.303 · 0.577 / √3. World 3 has no full
     assert ("| linear | 3 | +0.7 [-2.2, +3.5] | **+9.7 [+8.2, +11.1]** | **+9.3 [+7.9, +10.8]** | "
             "+0.0 [-5.0, +5.0] | -1.3 [-5.1, +2.5] |") in text
     assert "| linear images=9 | 1 | +0.0 | +2.0 | +2.0 |" in text  # against full of as many pictures
     assert "| full images=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
-    assert "10 runs, each of one thread in fp32, 5.0 hours together. Commit c1, method m1." in text
+    assert "| full | 8 | 1.0 | 2.0 | 3.0 |" in text and "| full --k-end 1 | 8, 9 | 5.0 ± 1.4 | 5.0 ± 0.0 |" in text
+    assert "13 runs, each of one thread in fp32, 6.5 hours together. Commit c1, method m1." in text
 
 
 def test_t_table_holds_95_percent():
