@@ -2,7 +2,7 @@
 
     body = SegNeXt("t")                                    # random weights, nothing is downloaded
     load_mscan(body, torch.load(path, weights_only=True))  # the encoder's ImageNet weights, a file of WEIGHTS
-    x = body(images)                                       # (B, 3, H, W) -> (B, C, ⌈H/8⌉, ⌈W/8⌉)
+    x = body(images)                                       # (B, 3, H, W) -> (B, C, ⌈H/8⌉, ⌈W/8⌉) at stride 8
 
 Written for this project from the paper and the published configurations. The encoder's parameter names are those of
 the published files, so that these load strictly.

@@ -217,12 +217,12 @@ def report(lines):
     one = (lines or search)[0]
     parts = [
         f"{len(lines) + len(search)} runs, each of one thread in {one['precision']}, {hours:.1f} hours together. "
-        f"Commit {', '.join(commits)}, method {one['method']}.",
+        f"Commit {', '.join(commits)}, method {one['method']}. Each with OMP_NUM_THREADS=1, --workers 0, --device cpu.",
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
         "mean of its seeds. The last two columns are mean IoU of the unseen things and of the unseen grounds. Worlds "
         "differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
         markdown(("row", "what it is", "worlds", *SCORES.values(), *kinds, "first command"), [
-            (row, ROWS[row.split()[0]][0], len(by_world(lines, row, "hIoU")),
+            (row, ROWS[row][0] if row in ROWS else "the same with these changes", len(by_world(lines, row, "hIoU")),
              *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)), f"`{first[row]['command']}`")
             for row in rows]),
         "Full − row, pairs of one world and seed, with the 95 % interval of Student's t over worlds; bold where 0 lies "

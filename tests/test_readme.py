@@ -61,7 +61,7 @@ def test_the_body_of_your_own_builds_as_it_stands():
     pytest.importorskip("timm")
     code, = re.findall(r"```python\n(.*?)```", TEXT[ROOT / "README.md"], re.DOTALL)
     names = {}
-    exec(code.replace("features_only=True", "features_only=True, pretrained=False"), names)
+    exec(code.replace("pretrained=True", "pretrained=False"), names)
     import torch
     with torch.no_grad():
         assert names["net"](torch.rand(1, 3, 64, 64)).shape == (1, 128, 2, 2)
