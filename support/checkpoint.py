@@ -165,7 +165,7 @@ def begin(out, model, optimizer, bank, config, again):
     if not again:
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "former.pt")
-            remarks.append(f"{out}/last.pt of the run before is now former.pt, until this run's second save")
+            remarks.append(f"{out}/last.pt of the previous run is now former.pt, until this run's second save")
         for name in ("metrics.json", "preview.png", "curves.png"):
             (out / name).unlink(missing_ok=True)
     atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
@@ -200,7 +200,8 @@ def resume(path, model, optimizer, empty, config):
         fits = False
     if not fits or saved["bank"].shape[1:] != empty.shape[1:]:
         raise CheckpointError(f"{path}: its optimiser or bank is not of this model: train anew")
-    return saved["step"], saved["bank"], [f"resume  allowed: {remark}" for remark in remarks]
+    remarks = [f"resume  allowed: {remark}" for remark in remarks]
+    return saved["step"], saved["bank"], [f"resume  continues at step {saved['step']}", *remarks]
 
 
 def earlier(line, step):

@@ -265,7 +265,7 @@ def test_stopped_and_resumed_equals_uninterrupted(out, tmp_path):
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')  # a step that is run again, and one torn by a full disk
     run = Run(out, again=True).train(2).save()
-    assert run.remarks == [] and same(load(out / "last.pt"), load(tmp_path / "whole/last.pt"))
+    assert run.remarks == ["resume  continues at step 4"] and same(load(out / "last.pt"), load(tmp_path / "whole/last.pt"))
     assert (out / "log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
 
 
@@ -285,7 +285,7 @@ def test_resume_says_what_may_change_and_refuses_the_rest(out, monkeypatch):
     assert {path.name for path in out.iterdir()} == before.keys()
     assert (out / "config.json").read_bytes() == before["config.json"]  # a refused run has touched nothing
     torch.save(saved | {"processes": 3}, out / "last.pt")
-    assert Run(out, again=True, lr=0.2, data_root="there").remarks == [
+    assert Run(out, again=True, lr=0.2, data_root="there").remarks[1:] == [
         f"resume  allowed: {change}" for change in ("data_root was None, is there", "lr was 0.1, is 0.2",
                                                     "3 processes before, 1 now: the same batches, other rounding")]
 
@@ -295,7 +295,7 @@ def test_a_new_run_puts_the_run_before_aside_and_says_so(out):
     for name in ("metrics.json", "curves.png", "data.png", ".partial.1.last.pt"):
         (out / name).write_text("of the run before")
     run = Run(out, seed=1)
-    assert run.remarks == [f"{out}/last.pt of the run before is now former.pt, until this run's second save"]
+    assert run.remarks == [f"{out}/last.pt of the previous run is now former.pt, until this run's second save"]
     assert {p.name for p in out.iterdir()} == {"former.pt", "config.json", "log.jsonl", "data.png"}
     assert json.loads((out / "config.json").read_text())["seed"] == 1 and not (out / "log.jsonl").read_text()
 
