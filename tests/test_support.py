@@ -265,7 +265,8 @@ def test_stopped_and_resumed_equals_uninterrupted(out, tmp_path):
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')  # a step that is run again, and one torn by a full disk
     run = Run(out, again=True).train(2).save()
-    assert run.remarks == ["resume  continues at step 4"] and same(load(out / "last.pt"), load(tmp_path / "whole/last.pt"))
+    assert run.remarks == ["resume  continues at step 4"]
+    assert same(load(out / "last.pt"), load(tmp_path / "whole/last.pt"))
     assert (out / "log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
 
 
