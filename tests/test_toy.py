@@ -1,4 +1,4 @@
-"""The embedded default: its tiny CLIP, as committed, its sprites and its world."""
+"""The toy data set: its tiny CLIP, as committed, its sprites and its world."""
 import hashlib
 import json
 from pathlib import Path
