@@ -4,14 +4,14 @@
     python -m experiments.study --worlds 0 --seeds 0 1 2              # the noise of a run
     python -m experiments.study --worlds 8 9 10 11 --rows "full --sgd-weight 0.1" "full --k-end 0.3"   # a search
     python -m experiments.study --worlds 0 1 2 --rows "full images=250" "linear images=250"        # a hypothesis
-    python -m experiments.study --report                              # docs/results.md and .png from what is there
+    python -m experiments.study --report      # docs/results.md and .png and README's table, from what is there
 
 A row is a name of ROWS. It may be followed by flags of train.py and changes of the data: images=N keeps the first N
 training images, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
 unseen classes; world N is in data/toy-N and is drawn if it is missing.
 Each run is a process of one thread, two run at a time. A finished run is a line of experiments/results/study.jsonl, so
 the study goes on where it was interrupted. All lines of that file must have the same METHOD files (ignoring comments)
-and the same precision; the study refuses others.
+and those of one world the same precision, as rows are compared in pairs; the study refuses others.
 """
 import argparse
 import ast
@@ -45,7 +45,7 @@ ROWS = {  # name: (what it is, flags of train.py)
 }
 ROOT = Path(__file__).parent.parent
 DATA, RUNS = ROOT / "data", ROOT / "runs/study"
-RESULTS, REPORT = ROOT / "experiments/results/study.jsonl", ROOT / "docs/results.md"
+RESULTS, REPORT, README = ROOT / "experiments/results/study.jsonl", ROOT / "docs/results.md", ROOT / "README.md"
 METHOD = ("train.py", "evaluate.py", "model.py", "clip_head.py", "losses.py", "data.py", "bodies/small.py",
           "clip/model.py", "clip/tokenizer.py", "sources/toy.py", "toy/world.py", "toy/sprites.py", "toy/sprites.txt",
           "toy/sprites.png", "toy/clip.pt")  # what the scores depend on
@@ -55,6 +55,7 @@ SCORES = {"mIoU_seen": "seen", "mIoU_unseen": "unseen", "hIoU": "hIoU"}
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201}
 SEARCH = 8  # worlds from here on are for choosing settings
 MARK = "<!-- below: python -m experiments.study --report -->"  # what stands above it in the report is kept
+TABLE = re.compile("(<!-- table: .*? -->\n).*?(<!-- end -->)", re.DOTALL)  # README's
 
 
 # ---------------------------------------------------------------- runs
@@ -150,17 +151,21 @@ def run(row, seed_of_world, seed, folder, precision):
     print(f"{row:<28} world {seed_of_world:2d}  seed {seed}  {scores}  {line['seconds']} s", flush=True)
 
 
-def finished(now=None):
-    """Lines of the finished runs. now: (method, precision) of a run to come.
-
-    Raises UserError if they are of several methods or precisions."""
+def finished():
+    """Lines of the finished runs. Raises UserError if they are of several methods, or one world's of two precisions."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    states = {(line["method"], line["precision"]): line["commit"] for line in lines} | ({now: "now"} if now else {})
-    if lines and len(states) > 1:
-        listed = "; ".join(f"{method} in {precision} ({at})" for (method, precision), at in states.items())
-        raise UserError(f"{RESULTS} has runs of more than one method or precision: {listed}. Their scores are not "
-                        "comparable: keep the lines of one only, or move the file away")
+    comparable(lines)
     return lines
+
+
+def comparable(lines):
+    methods = {line["method"]: line["commit"] for line in lines}
+    precisions = {(line["world"], line["precision"]) for line in lines}
+    if len(methods) > 1 or len(precisions) > len(dict(precisions)):
+        listed = "; ".join(f"{method} ({at})" for method, at in methods.items())
+        raise UserError(f"{RESULTS} and the runs to come are of more than one method ({listed}), or of more than one "
+                        "precision in a world: their scores are not comparable. Keep the lines of one only, or move "
+                        "the file away")
 
 
 # ---------------------------------------------------------------- statistics
@@ -214,10 +219,13 @@ def report(lines):
     search, lines = [line for line in lines if line["world"] >= SEARCH], reported(lines)
     rows, kinds = rows_of(lines), list(world.unseen_kinds())
     first = {line["row"]: line for line in reversed(lines)}
-    one = (lines or search)[0]
+    worlds = {line["precision"]: sorted({x["world"] for x in (*lines, *search) if x["precision"] == line["precision"]})
+              for line in (*lines, *search)}
+    precisions = " and ".join(f"{name} (worlds {', '.join(map(str, which))})" for name, which in worlds.items())
     parts = [
-        f"{len(lines) + len(search)} runs, each of one thread in {one['precision']}, {hours:.1f} hours together. "
-        f"Commit {', '.join(commits)}, method {one['method']}. Each with OMP_NUM_THREADS=1, --workers 0, --device cpu.",
+        f"{len(lines) + len(search)} runs, each of one thread, in {precisions}, {hours:.1f} hours together. Commit "
+        f"{', '.join(commits)}, method {(lines or search)[0]['method']}. Each with OMP_NUM_THREADS=1, --workers 0, "
+        "--device cpu.",
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
         "mean of its seeds. The last two columns are mean IoU of the unseen things and of the unseen grounds. Worlds "
         "differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
@@ -241,6 +249,16 @@ def report(lines):
                       (row, ", ".join(map(str, sorted(table_of(search, row, "hIoU")))),
                        *(mean_std(by_world(search, row, key)) for key in SCORES)) for row in rows_of(search)])]
     return "\n\n".join([*parts, f"![seen, unseen and hIoU of each row]({REPORT.stem}.png)\n"])
+
+
+def readme_table(lines):
+    """The rows of ROWS, as far as there are runs."""
+    lines, kinds = reported(lines), list(world.unseen_kinds())
+    return markdown(("row", "worlds", *SCORES.values(), *(f"{kind}s" for kind in kinds), "full − row, hIoU"), [
+        (f"`{row}`: {what}", len(by_world(lines, row, "hIoU")),
+         *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)),
+         interval(gains(lines, row, "hIoU")) if row != "full" else "")
+        for row, (what, _) in ROWS.items() if by_world(lines, row, "hIoU")])
 
 
 def reported(lines):
@@ -282,9 +300,12 @@ def plot(lines):
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
     if not args.report:
-        have = {(line["row"], line["world"], line["seed"]) for line in finished((method_hash(), args.precision))}
+        lines, now = finished(), {"method": method_hash(), "commit": "now", "precision": args.precision}
+        have = {(line["row"], line["world"], line["seed"]) for line in lines}
         jobs = [(" ".join(row.split()), w, seed) for w in args.worlds for seed in args.seeds for row in args.rows]
-        jobs = [(*job, draw(job[1], split_row(job[0])[0]), args.precision) for job in jobs if job not in have]
+        jobs = [job for job in jobs if job not in have]
+        comparable([*lines, *({"world": job[1], **now} for job in jobs)])
+        jobs = [(*job, draw(job[1], split_row(job[0])[0]), args.precision) for job in jobs]
         print(f"{len(jobs)} runs to go, {len(have)} are in {RESULTS}", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run, *zip(*jobs)))
@@ -292,7 +313,9 @@ def main(args):
         kept = REPORT.read_text().split(MARK)[0] if REPORT.exists() else "# Results\n\n"
         atomic(REPORT, lambda path: path.write_text(f"{kept}{MARK}\n\n{report(lines)}"))
         pictures.save(plot(lines), REPORT.with_suffix(".png"))
-        print(f"wrote {REPORT} and {REPORT.stem}.png")
+        table = TABLE.sub(lambda part: f"{part[1]}{readme_table(lines)}\n{part[2]}", README.read_text())
+        atomic(README, lambda path: path.write_text(table))
+        print(f"wrote {REPORT} and {REPORT.stem}.png, and the table of {README.name}")
 
 
 def parse(argv=None):

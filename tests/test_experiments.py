@@ -37,6 +37,8 @@ def places(tmp_path, monkeypatch):
         monkeypatch.setattr(study, name, tmp_path / name.lower())
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results/study.jsonl")
     monkeypatch.setattr(study, "REPORT", tmp_path / "docs/results.md")
+    monkeypatch.setattr(study, "README", tmp_path / "README.md")
+    study.README.write_text("before\n<!-- table: python … -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(study, "train", fake)
     write = world.write
     monkeypatch.setattr(world, "write", lambda root, seed: write(root, seed, train=12, val=4))
@@ -73,7 +75,10 @@ def test_the_report_by_hand():
     assert "| full images=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
     assert "| full | 8 | 1.0 | 2.0 | 3.0 |" in text and "| full --k-end 1 | 8, 9 | 5.0 ± 1.4 | 5.0 ± 0.0 |" in text
-    assert "13 runs, each of one thread in fp32, 6.5 hours together. Commit c1, method m1." in text
+    assert ("13 runs, each of one thread, in fp32 (worlds 0, 1, 2, 3, 8, 9), 6.5 hours together. Commit c1, method m1."
+            ) in text
+    assert study.readme_table(lines).splitlines()[3].endswith(
+        "| 4 | 55.8 ± 37.5 | 27.5 ± 19.2 | 35.5 ± 23.9 | 40.0 ± 26.9 | 61.0 ± 41.3 | **+9.3 [+7.9, +10.8]** |")
 
 
 def test_t_table_holds_95_percent():
@@ -101,6 +106,9 @@ def test_it_runs_what_is_missing_and_reports(places):
     assert study.REPORT.read_text().startswith("# Ours\n\nA verdict.\n\n" + study.MARK)
     assert "| linear seen=6 --strict |" in study.REPORT.read_text()
     assert Image.open(study.REPORT.with_suffix(".png")).width > 600
+    before, table, after = study.README.read_text().partition("| `full`: the default")
+    assert before.startswith("before\n<!-- table: python … -->\n| row") and "old" not in before
+    assert table and after.endswith(" |\n<!-- end -->\nafter\n")
 
 
 def test_changes_of_the_data(places):
@@ -118,15 +126,19 @@ def test_changes_of_the_data(places):
 
 
 def test_it_refuses_to_mix(places, monkeypatch):
-    write(line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, method="m2", commit="c2"))
-    with pytest.raises(UserError, match=r"more than one method or precision: m1 in fp32 \(c1\); m2 in fp32 \(c2\)"):
-        study.main(study.parse(["--report"]))
-    write(line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, precision="bf16"))
-    with pytest.raises(UserError, match=r"m1 in fp32 \(c1\); m1 in bf16 \(c1\)"):
-        study.main(study.parse(["--report"]))
+    mixed = [(line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, method="m2", commit="c2")),
+             (line("full", 0, 0, 1, 1, 1), line("linear", 0, 0, 1, 1, 1, precision="bf16"))]
+    for lines, said in zip(mixed, (r"m1 \(c1\); m2 \(c2\)", r"m1 \(c1\)\), or of more than one precision")):
+        write(*lines)
+        with pytest.raises(UserError, match=said):
+            study.main(study.parse(["--report"]))
     write(line("full", 0, 0, 1, 1, 1))
-    with pytest.raises(UserError, match=rf"m1 in fp32 \(c1\); {study.method_hash()} in fp32 \(now\)"):
+    with pytest.raises(UserError, match=rf"m1 \(c1\); {study.method_hash()} \(now\)"):
         study.main(study.parse(["--worlds", "0"]))
+    write(line("full", 0, 0, 1, 1, 1, method=study.method_hash()))
+    with pytest.raises(UserError, match="more than one precision in a world"):
+        study.main(study.parse(["--worlds", "0", "--precision", "bf16"]))
+    study.comparable([line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, precision="bf16")])
     assert not places and not study.REPORT.exists()
     study.RESULTS.unlink()
     states = iter(("a", "a", "b"))
