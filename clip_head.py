@@ -14,9 +14,6 @@ import torch.nn.functional as F
 
 from clip import CLIPError, VisionTransformer
 
-# OURS. The adapter's LayerNorm starts at this gain. A CLIP block adds its attention and MLP outputs to its input, and
-# would drown tokens of unit scale in them.
-TOKEN_GAIN = 6.0
 RANDOM_HEAD_SEED = 0  # the weights of the random control are not saved, but drawn again from this seed
 
 
@@ -27,11 +24,19 @@ class Adapter(nn.Module):
         super().__init__()
         self.project = nn.Linear(in_channels, width)
         self.norm = nn.LayerNorm(width)
-        nn.init.constant_(self.norm.weight, TOKEN_GAIN)
 
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
         return self.norm(self.project(x))  # (B, N, W)
+
+    @torch.no_grad()
+    def start_like(self, tokens):
+        """Before training: the LayerNorm's gain and bias become standard deviation and mean, channel by channel, of
+        these tokens (B, N, W), CLIP's own. OURS: a CLIP block adds to its input. Where its input is much larger than
+        CLIP's own tokens, what it adds is lost, and the head is no more than ln_post and proj."""
+        tokens = tokens.flatten(0, 1)
+        self.norm.weight.copy_(tokens.std(0))
+        self.norm.bias.copy_(tokens.mean(0))
 
 
 class Tail(nn.Module):
@@ -51,6 +56,15 @@ class Tail(nn.Module):
         for block in self.resblocks:
             x = block(x)  # (B, N, W)
         return self.ln_post(x) @ self.proj  # (B, N, D)
+
+
+@torch.no_grad()
+def clip_tokens(visual, images, blocks):
+    """CLIP's own patch tokens where its last `blocks` blocks begin: (B, 3, S, S) in [0, 1] -> (B, N, W)."""
+    x = visual.embed(images)
+    for block in visual.transformer.resblocks[:len(visual.transformer.resblocks) - blocks]:
+        x = block(x)
+    return x[:, 1:]
 
 
 class Head(nn.Module):

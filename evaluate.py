@@ -172,6 +172,12 @@ def trained_on(config, classes):
     return [any(sources.plain(word) in words for word in name.split(",")) for name in classes]
 
 
+def unfinished(config):
+    """A line for a checkpoint of a run that has not reached its last step, else None."""
+    if config["step"] < config["steps"]:
+        return f"the run is not finished: this is its state at step {config['step']} of {config['steps']}"
+
+
 def main(args):
     device = processes.start(args.device)
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else processes.from_first(newest_run))
@@ -187,6 +193,8 @@ def main(args):
     result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(filter(None, (
         config.get("departures"), f"test short side {args.short_side}" * bool(args.short_side))))}
     if processes.rank() == 0:
+        if remark := unfinished(config):
+            print(remark, flush=True)
         if source.classes != config["classes"]:
             print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",
                   flush=True)

@@ -147,12 +147,12 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", froze
 
 
 def load_run(checkpoint, device, clip_file=None):
-    """last.pt of train.py -> (model in eval mode without CLIP's image tower, config).
+    """last.pt of train.py -> (model in eval mode without CLIP's image tower, config with the checkpoint's step).
 
     clip_file: where the run's CLIP lies now, by default where it lay in training.
     Raises CheckpointError, ModelError, CLIPError."""
     saved = from_first(lambda: read_checkpoint(checkpoint))
-    config = saved["config"]
+    config = saved["config"] | {"step": saved["step"]}
     clip_model = clip.load(clip_file or config["clip"])
     if clip.fingerprint(clip_model) != config["clip_hash"]:
         raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from evaluate import open_run_dataset, trained_on
+from evaluate import open_run_dataset, trained_on, unfinished
 from losses import IGNORE
 from model import load_run
 from sources import INVALID, DataError
@@ -75,7 +75,10 @@ def written(run):
 
 @lru_cache(1)
 def loaded_run(checkpoint, _, device, clip_file):
-    return load_run(checkpoint, device, clip_file)
+    model, config = load_run(checkpoint, device, clip_file)
+    if remark := unfinished(config):
+        print(remark, file=sys.stderr, flush=True)
+    return model, config
 
 
 @lru_cache(1)

@@ -27,6 +27,7 @@ import evaluate
 import losses
 import model as models
 import sources
+from clip_head import clip_tokens
 from sources.check import check
 from support import UserError, checkpoint, processes
 from support.command import Signals, Watch, run_command
@@ -64,6 +65,8 @@ def main(args):
     teacher = clip.load(args.clip).to(device)
     model = models.build(teacher, **{name: getattr(args, name) for name in models.SETTINGS}).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names are not used
+    trainset = data.TrainSet(source, recipe, teacher.visual.input_size, args.seed)
+    start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.body_weights != "none"), weight_decay=0,
                                   fused=device.type != "mps")
 
@@ -77,7 +80,6 @@ def main(args):
 
     # ---- the loop
     student = parallel(model, device, args.compile)
-    trainset = data.TrainSet(source, recipe, teacher.visual.input_size, args.seed)
     order = data.Steps(len(source.train), args.batch_size, first, args.steps, args.seed, rank, ranks)
     loader = data.train_loader(trainset, order, args.workers, device)
 
@@ -165,6 +167,12 @@ def open_source(args, device):
         source.train = kept
     source.recipe = source.recipe.at_crop(args.crop)
     return source, remarks
+
+
+def start_adapter(adapter, teacher, trainset, blocks, device):
+    """The adapter's tokens start like those that CLIP's last `blocks` blocks get from the views of 64 images."""
+    views = torch.stack([trainset[i, i % len(trainset.files)][2] for i in range(64)]).to(device)
+    adapter.start_like(clip_tokens(teacher.visual, views.float() / 255, blocks))
 
 
 def parameter_groups(model, pretrained=True):

@@ -116,15 +116,18 @@ class VisionTransformer(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
-    def forward(self, images, first=None):
-        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches; or of
-        the first `first` tokens alone: the last block then computes no others."""
+    def embed(self, images):
+        """(B, 3, H, W) in [0, 1] -> tokens of the first block (B, 1 + h·w, W), CLS before the patches."""
         x = self.conv1((images - self.mean) / self.std)  # (B, W, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, h·w, W)
         cls = self.class_embedding + self.positional_embedding[0]
-        x = torch.cat([cls.expand(len(x), 1, -1), x + positions], dim=1)  # (B, 1 + h·w, W)
-        x = self.transformer(self.ln_pre(x), first=first)
+        return self.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x + positions], dim=1))
+
+    def forward(self, images, first=None):
+        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches; or of
+        the first `first` tokens alone: the last block then computes no others."""
+        x = self.transformer(self.embed(images), first=first)
         return self.ln_post(x) @ self.proj
 
 

@@ -79,12 +79,8 @@ class ZegCLIP(DenseCLIP):
 
     def logits(self, images):
         """(B, 3, H, W) in [0, 1] -> masks before their sigmoid, (B, K, H / 16, W / 16)"""
-        v = self.visual
-        x = v.conv1((images - v.mean) / v.std)
-        B, (h, w) = len(x), x.shape[2:]
-        table = torch.cat([v.positional_embedding[:1], clip.resize_positions(v.positional_embedding, h, w)])
-        x = torch.cat([v.class_embedding.expand(B, 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        x = v.ln_pre(x + table)  # (B, 1 + N, W)
+        v, B, (h, w) = self.visual, len(images), (side // self.visual.patch_size for side in images.shape[2:])
+        x = v.embed(images)  # (B, 1 + N, W)
         for prompts, block in zip(self.prompt_proj(self.prompts), v.transformer.resblocks):
             x = block(torch.cat([x[:, :1], prompts.expand(B, -1, -1), x[:, -h * w:]], dim=1))
         x = F.normalize(v.ln_post(self.prompt_norm(x)) @ v.proj, dim=-1)

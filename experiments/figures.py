@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import clip
+import data
 import losses
 import model as models
 from evaluate import open_run_dataset
@@ -21,6 +22,7 @@ from support import pictures
 from support.checkpoint import read_checkpoint
 from support.command import run_command
 from toy import world
+from train import start_adapter
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SIDE, GAP, TEXT = 192, 8, 14  # pixels: of a picture, between two, of letters
@@ -57,16 +59,20 @@ def grid(rows, titles):
 
 
 def students(run):
-    """-> [(step, model)] at the start, at the save before the last one and at the end; the config; the teacher."""
+    """-> [(step, model)] at the start, at the save before the last one and at the end; config, teacher, data set."""
     last, former = (read_checkpoint(run / name) for name in ("last.pt", "former.pt"))
     config, teacher, stages = last["config"], clip.load(last["config"]["clip"]), []
+    source = open_run_dataset(config)
+    trainset = data.TrainSet(source, source.recipe.at_crop(config["crop"]), teacher.visual.input_size, config["seed"])
     for step, saved in ((0, None), (former["step"], former), (last["step"], last)):
         torch.manual_seed(config["seed"])
         model = models.build(teacher, **{name: config[name] for name in models.SETTINGS}).eval()
         if saved:
             model.load_trained_state(saved["model"])
+        else:
+            start_adapter(model.head.adapter, teacher, trainset, config["frozen_blocks"], torch.device("cpu"))
         stages.append((step, model))
-    return stages, config, teacher
+    return stages, config, teacher, source
 
 
 @torch.no_grad()
@@ -104,8 +110,7 @@ def scene(seed, *nouns):
 
 
 def main(args):
-    stages, config, teacher = students(args.run)
-    source = open_run_dataset(config)
+    stages, config, teacher, source = students(args.run)
     pictures.save(selection(stages, config, teacher, source), ASSETS / "selection.png")
     pictures.save(words(stages[-1][1], scene(WORDS_SEED, *WORDS), WORDS, config["templates"]), ASSETS / "words.png")
     shutil.copy(args.run / "preview.png", ASSETS / "preview.png")

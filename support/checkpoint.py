@@ -21,8 +21,8 @@ FORMAT = 2  # of the file; raise it when older ones can no longer be read
 MAY_CHANGE = ("data_root", "lr", "clip", "precision", "departures")  # by --resume; anything else is another run
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "config": dict, "processes": int}
 SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str, "head": str,
-            "frozen_blocks": int, "crop": int, "temperature": float | None, "classes": list, "unseen": list,
-            "templates": list, "test": dict}  # what evaluate.py and predict.py need of the config
+            "frozen_blocks": int, "steps": int, "crop": int, "temperature": float | None, "classes": list,
+            "unseen": list, "templates": list, "test": dict}  # what evaluate.py and predict.py need of the config
 TEST = {"short_side": int, "window": int, "stride": int}
 
 

@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT
 
 LAYERS = ("support", "clip losses bodies", "clip_head", "model", "toy.sprites", "toy.world", "sources", "data",
-          "evaluate", "train predict", "toy.pretrain", "experiments", "tests")
+          "evaluate", "train predict", "toy.pretrain toy.render", "experiments", "tests")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 OUTSIDE = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}  # requirements.txt
-DRAWS = ("toy.sprites", "resvg_py")  # for whoever makes toy/sprites.png again
+DRAWS = ("toy.render", "resvg_py")  # for whoever makes toy/sprites.png again
 
 
 def part(module):
@@ -78,7 +78,7 @@ def test_imports_run_one_way():
     ("train.py", "import predict", "train.py:1 imports predict, which lies beside it"),
     ("toy/pretrain.py", "from experiments import study", "toy/pretrain.py:1 imports experiments.study, which its tests "
      "alone may"),
-    ("toy/sprites.py", "import resvg_py", None),
+    ("toy/render.py", "import resvg_py", None),
     ("toy/world.py", "import resvg_py", "toy/world.py:1 imports resvg_py, which requirements.txt does not have"),
     ("model.py", "import timm, json", "model.py:1 imports timm, which requirements.txt does not have"),
     ("sources/a.py", "from sources.b import x", "a circle of imports: sources."),

@@ -177,24 +177,30 @@ def write(root, seed=0, train=TRAIN, val=VAL):
         raise FileExistsError(f"{root} exists already: delete it, or give another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
     (partial / "masks").mkdir()
+    try:
+        fill(partial, seed, train, val)
+        partial.rename(root)
+    except OSError:
+        if not root.exists():  # else another process was first: its world is the same
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fill(folder, seed, train, val):
     rng = np.random.RandomState(seed)
     for split, count in (("train", train), ("val", val)):
         names = [f"{split}_{i:05d}" for i in range(count)]
         for name in names:
             image, mask, _ = draw(rng)
-            Image.fromarray(image).save(partial / "images" / f"{name}.png", compress_level=1)
-            pictures.save_mask(mask, partial / "masks" / f"{name}.png")
-        (partial / f"{split}.txt").write_text("\n".join(names) + "\n")
-    (partial / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    (partial / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
-    pictures.save(Image.fromarray(demo()[0]), partial / "demo.png")
-    try:
-        partial.rename(root)
-    except OSError:  # another process was first: its world is the same
-        shutil.rmtree(partial)
+            Image.fromarray(image).save(folder / "images" / f"{name}.png", compress_level=1)
+            pictures.save_mask(mask, folder / "masks" / f"{name}.png")
+        (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    (folder / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
+    pictures.save(Image.fromarray(demo()[0]), folder / "demo.png")
 
 
 if __name__ == "__main__":
