@@ -1,23 +1,18 @@
-"""From an empty folder to two steps of training, all fetched from a server on this machine; SBD's mask files."""
+"""Archives from a server on this machine: whole or not at all, unpacked safely; SBD's mask files."""
 import dataclasses
 import errno
 import io
-import os
 import re
 import shutil
-import socket
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zlib
-from collections import namedtuple
-from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import run_inside
-from PIL import Image
+from conftest import command, run_inside
 from trees import draw_tree, mat, md5, pack, serve, under, voc_archives
 
 import sources
@@ -25,260 +20,177 @@ from sources import check as data_check
 from sources import coco_stuff, download, voc
 from sources.matlab import read_segmentation
 
-Disk = namedtuple("Disk", "total used free")
 NOBODY = "http://127.0.0.1:9/"
+WHOLE = np.random.RandomState(0).bytes(150_000)
+SET = download.Archive("set.tar", len(WHOLE), md5(WHOLE), (), 10**9)
 
 
-@pytest.fixture
-def archive(tmp_path):
-    """-> a function of addresses that makes the Archive; its bytes; the folder to fetch it into."""
-    path = pack(tmp_path / "set.tar", {f"pictures/{name}.jpg": np.random.RandomState(0).bytes(50_000) for name in "abc"}
-                | {"other/d.txt": b"not asked for"})
-    (tmp_path / "root").mkdir()
-    known = download.Archive("set.tar", path.stat().st_size, md5(path), (), 150_000)
-    return lambda *addresses: dataclasses.replace(known, addresses=addresses), path.read_bytes(), tmp_path / "root"
-
-
-def cut(content, length):
-    """A server that promises all and closes the connection after `length` bytes."""
-    def answer(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content[:length])
-    return answer
+def fetch(root, *addresses):
+    return download.fetch(dataclasses.replace(SET, addresses=addresses), root)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---------------------------------------------------------------- fetching
+@pytest.mark.parametrize("there, answer, fault, kept", [  # .partial before the call, the server's file, .partial after
+    (b"", None, "404", 0),
+    (b"", WHOLE[:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0), (WHOLE + b"more", None, "its md5 is", 0),
+    (b"", WHOLE[:-1], "149,999 bytes there, expected 150,000", 0),
+    (b"", (WHOLE, 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
+    (WHOLE[:30_000], (WHOLE, 20_000), "ended after 20,000", 20_000),  # it knows no ranges
+])
+def test_an_address_that_fails_leaves_what_is_right(there, answer, fault, kept, tmp_path, capsys):
+    target, partial = tmp_path / "set.tar", tmp_path / "set.tar.partial"
+    if there:
+        partial.write_bytes(there)
+    with serve({"/set.tar": answer, "/whole/set.tar": WHOLE}) as (server, asked):
+        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* {target} .md5 {SET.md5}"):
+            fetch(tmp_path, server)
+        assert re.fullmatch(f"{server}set.tar\n    failed: [^\n]*{fault}[^\n]*\n", capsys.readouterr().out)
+        assert (partial.read_bytes() if partial.exists() else b"") == WHOLE[:kept]
+        for _ in range(2):  # the second time without a request
+            assert fetch(tmp_path, NOBODY, f"{server}whole/").read_bytes() == WHOLE and names(tmp_path) == ["set.tar"]
+        assert [want for path, want in asked if "whole" in path] == [f"bytes={kept}-" if kept else None]
+    assert "refused" in capsys.readouterr().out
 
 
-def test_addresses_are_tried_in_order_until_the_checksum_fits(archive, capsys):
-    at, content, root = archive
-    with socket.socket() as closed, serve({
-            "/wrong/set.tar": content[:-1] + b"x", "/short/set.tar": content[:-1], "/cut/set.tar": cut(content, 70_000),
-            "/whole/set.tar": content}) as (server, asked):
-        closed.bind(("127.0.0.1", 0))  # refuses connections, as nobody listens
-        tries = [f"{server}gone/", f"http://127.0.0.1:{closed.getsockname()[1]}/",
-                 *(f"{server}{name}/" for name in ("wrong", "short", "cut", "whole"))]
-        path = download.fetch(at(*tries), root)
-        assert path.read_bytes() == content and names(root) == ["set.tar"]
-        assert asked[-1] == ("/whole/set.tar", "bytes=70000-")  # goes on where the connection was cut
-        lines = [line for line in capsys.readouterr().out.splitlines() if line]
-        assert [line for line in lines if line.startswith("http")] == [folder + "set.tar" for folder in tries]
-        faults = "404", "refused", f"its md5 is .*, expected {at().md5}", "bytes there, expected", "ended after 70,000"
-        assert all(re.search(fault, line) for line, fault in zip(lines[1::2], faults)), lines
-        n = len(asked)
-        assert download.fetch(at(*tries), root) == path and len(asked) == n  # no request
-
-
-def test_what_came_is_kept_and_checked(archive):
-    at, content, root = archive
-    with serve({"/set.tar": cut(content, 70_000)}) as (server, _):
-        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* {root}/set.tar .md5 {at().md5}"):
-            download.fetch(at(server), root)
-    assert (root / "set.tar.partial").read_bytes() == content[:70_000]
-    with serve({"/set.tar": cut(content, len(content))}) as (server, _):  # a server that knows no ranges
-        assert download.fetch(at(server), root).read_bytes() == content
-    (root / "set.tar").write_bytes(content[:-1])
+def test_what_lies_there_is_checked(tmp_path):
+    (tmp_path / "set.tar.partial").write_bytes(WHOLE)  # killed between the last byte and the new name
+    assert fetch(tmp_path, NOBODY).read_bytes() == WHOLE
+    (tmp_path / "set.tar").write_bytes(WHOLE[:-1])
     with pytest.raises(sources.DataError, match="set.tar has the md5 .*: delete it and call again"):
-        download.fetch(at(), root)
-    (root / "set.tar").unlink()
-    (root / "set.tar.partial").write_bytes(content + b"more")  # of whatever: not taken, but no obstacle
-    with serve({"/set.tar": content}) as (server, _):
-        assert download.fetch(at(NOBODY, server), root).read_bytes() == content
-    (root / "set.tar").rename(root / "set.tar.partial")  # killed between the last byte and the new name
-    assert download.fetch(at(NOBODY), root).read_bytes() == content
+        fetch(tmp_path)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(archive, monkeypatch):
-    at, _, root = archive
-    big, free = dataclasses.replace(at(NOBODY), size=4 * 10**9, unpacked=10**9), 5.01e9
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Disk(10**10, 0, int(free)))
-    download.reserve("voc", root, [big, at()])  # one after the other
-    free = 4.99e9
-    with pytest.raises(sources.DataError, match="set.tar: 4.0 GB; needs 5.0 GB of disk at first and 1.0 GB in the "
-                                                "end, 5.0 GB are free in .*make room, or"):
-        download.bring("voc", root, {big: {"pictures": root / "pictures"}})
-    with open(root / "set.tar.partial", "wb") as file:
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, monkeypatch):
+    big, disk = dataclasses.replace(SET, size=4 * 10**9, addresses=(NOBODY,)), SimpleNamespace(free=5.01e9)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: disk)
+    download.reserve("voc", tmp_path, [big, SET])  # one after the other
+    disk.free = 4.99e9
+    with pytest.raises(sources.DataError, match="4.0 GB; needs 5.0 GB of disk at first and 1.0 GB in the end, 5.0 GB"):
+        download.bring("voc", tmp_path, {big: {"pictures": tmp_path / "pictures"}})
+    with open(tmp_path / "set.tar.partial", "wb") as file:
         file.truncate(4 * 10**9)  # without taking disk: what has arrived needs no more room
-    free = 1.1e9
-    download.reserve("voc", root, [big])
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(download, "transfer", full)
+    disk.free = 1.1e9
+    download.reserve("voc", tmp_path, [big])
+    monkeypatch.setattr(download, "transfer", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(sources.DataError, match="the disk of .* is full: free some space and run it again"):
-        download.fetch(big, root)
-
-
-# ---------------------------------------------------------------- unpacking
-
-
-def test_what_is_asked_for_is_unpacked_all_of_it_or_nothing(archive):
-    _, content, root = archive
-    path, wanted = root / "set.tar", {"pictures": root / "in/pictures"}
-    for data, parts, message in ((content[:60_000], wanted, "set.tar cannot be unpacked .*: delete it and call again"),
-                                 (content, wanted | {"absent": root / "absent"}, "holds no absent")):
-        path.write_bytes(data)
-        with pytest.raises(sources.DataError, match=message):
-            download.unpack(path, parts)
-        assert names(root) == ["set.tar"]
-    (root / ".partial.set.tar/pictures").mkdir(parents=True)  # of a call that was killed
-    (root / ".partial.set.tar/pictures/old.jpg").touch()
-    download.unpack(path, wanted)
-    assert names(root) == ["in"] and names(root / "in/pictures") == ["a.jpg", "b.jpg", "c.jpg"]
+        fetch(tmp_path, NOBODY)
 
 
 @pytest.mark.parametrize("kind", ["tar", "tgz", "zip"])
-@pytest.mark.parametrize("name", ["pictures/../../out.txt", "pictures/../../../out.txt", "/{}/out.txt", "link"])
-def test_nothing_leaves_the_folder(kind, name, tmp_path):
+def test_what_is_asked_for_is_unpacked_all_of_it_or_nothing(kind, tmp_path):
+    path, wanted = tmp_path / f"set.{kind}", {"pictures": tmp_path / "in/pictures"}
+    data = pack(path, {f"pictures/{name}.jpg": WHOLE for name in "abc"} | {"other/d.txt": b"not asked"}).read_bytes()
+    for there, parts, message in ((data[:60_000], wanted, f"set.{kind} cannot be unpacked .*: delete it"),
+                                  (data, wanted | {"absent": tmp_path / "absent"}, "holds no absent")):
+        path.write_bytes(there)
+        with pytest.raises(sources.DataError, match=message):
+            download.unpack(path, parts)
+        assert names(tmp_path) == [path.name]
+    (tmp_path / f".partial.{path.name}/pictures/of a killed call").mkdir(parents=True)
+    download.unpack(path, wanted)
+    assert names(tmp_path) == ["in"] and names(tmp_path / "in/pictures") == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("name, data", [("pictures/../../out", b"evil"), ("pictures/../../../out", b"evil"),
+                                        ("/{}/out", b"evil"), ("pictures/out", "../../../out")])
+def test_nothing_leaves_the_folder(kind, name, data, tmp_path):
     root = tmp_path / "deep/root"
     root.mkdir(parents=True)
-    links = [("pictures/out.txt", "../../../out.txt")] if name == "link" and kind != "zip" else []
-    files = {"pictures/a.jpg": b"a"} | ({} if name == "link" else {name.format(tmp_path): b"evil"})
+    path = pack(root / f"set.{kind}", {"pictures/a.jpg": b"a", name.format(tmp_path): data})
     try:
-        download.unpack(pack(root / f"set.{kind}", files, links), {"pictures": root / "pictures"})
+        download.unpack(path, {"pictures": root / "pictures"})
     except sources.DataError as error:
-        assert "\n" not in str(error) and not (root / "pictures").exists()
-    assert names(tmp_path) == ["deep"] and names(tmp_path / "deep") == ["root"]
-    assert names(root) in (["pictures"], [f"set.{kind}"])
-
-
-# ---------------------------------------------------------------- the data sets
-
-
-@pytest.fixture(scope="module")
-def voc_server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("voc")
-    tree = draw_tree("voc", folder / "tree", sides=(64, 65))
-    served = voc_archives(tree, folder)
-    with serve({f"/{path.name}": path.read_bytes() for path in served}) as (server, asked):
-        yield tree, served, server, asked
+        assert "\n" not in str(error)
+    assert names(tmp_path) + names(tmp_path / "deep") == ["deep", "root"]
+    assert names(root) in (["pictures"], [path.name])
 
 
 @pytest.fixture
-def from_server(voc_server, monkeypatch):
-    """VOC's addresses lead to the server -> the tree that it serves, the list of what was asked for."""
-    tree, served, server, asked = voc_server
-    for name, path in zip(("VOC", "SBD"), served):
-        monkeypatch.setattr(voc, name, dataclasses.replace(
-            getattr(voc, name), size=path.stat().st_size, md5=md5(path), addresses=(server,)))
-    asked.clear()
-    return tree, asked
-
-
-def test_from_nothing_to_two_steps_of_voc(from_server, tiny_clip_file, tmp_path):
-    drawn, asked = from_server
-    root, out = tmp_path / "data", tmp_path / "run"
-    args = ["--dataset", "voc", "--data-root", root]
-    command = [data_check, *args, "--download", "--picture", tmp_path / "check.png"]
-    status, text, words = run_inside(*command)
-    assert status == 0, words
-    assert "voc: fetching VOCtrainval_11-May-2012.tar, benchmark.tgz: 0.0 GB; needs 2.2 GB of disk" in text
-    assert "voc: 12 training images, 3 test images, 15 seen classes, 5 unseen" in text
-    assert (tmp_path / "check.png").exists() and len(asked) == 2
-    tree = root / "VOCdevkit/VOC2012"
-    assert names(root) == ["VOCdevkit"]  # archives and what came between are gone
-    assert names(tree) == ["ImageSets", "JPEGImages", "SegmentationClass", "SegmentationClassAug"]
-    assert len(names(tree / "SegmentationClassAug")) == 15
-    for path in (drawn / "SegmentationClassAug").iterdir():  # where VOC has a mask, SBD's says something else
-        image = Image.open(tree / "SegmentationClassAug" / path.name)
-        assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
-        assert image.mode == "P" and image.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-
-    status, text, words = run_inside(*command)
-    assert status == 0 and "has all its files, nothing to fetch" in text and len(asked) == 2
-    flags = ["--clip", tiny_clip_file, "--body", "small", "--crop", 64, "--steps", 2, "--batch-size", 4, "--workers", 0,
-             "--device", "cpu", "--out-dir", out]
-    done = subprocess.run([sys.executable, "train.py", *map(str, args + flags)], cwd=Path(__file__).parents[1],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "voc: 12 training images, 3 test images" in done.stdout and (out / "metrics.json").exists()
-
-
-def test_what_a_user_has_is_kept_and_masks_are_all_made_or_none(from_server, tmp_path, monkeypatch):
-    drawn, asked = from_server
-    root = shutil.copytree(drawn, tmp_path / "data", ignore=shutil.ignore_patterns("JPEGImages"))
-    (root / "SegmentationClassAug/mine").touch()
-    sources.download_dataset("voc", root)
-    assert [path for path, _ in asked] == ["/VOCtrainval_11-May-2012.tar"]  # nothing of SBD
-    assert (root / "SegmentationClassAug/mine").exists() and len(sources.open_dataset("voc", root).train) == 12
-
-    def broken(*_):
-        raise sources.DataError("made up")
-
-    shutil.rmtree(root / "SegmentationClassAug")
-    with monkeypatch.context() as patch:
-        patch.setattr(voc, "read_segmentation", broken)
-        with pytest.raises(sources.DataError, match="made up"):
-            sources.download_dataset("voc", root)
-    assert "SegmentationClassAug" not in names(root)
-    sources.download_dataset("voc", root)  # goes on from what came
-    assert len(asked) == 2 and len(sources.open_dataset("voc", root).train) == 12
-
-
-def test_coco_stuff_from_its_three_archives(tmp_path, monkeypatch):
-    tree, root = draw_tree("coco-stuff", tmp_path / "tree"), tmp_path / "data"
-    held = {"TRAIN": ["train2017"], "VAL": ["val2017"], "MAPS": ["stuffthingmaps/train2017", "stuffthingmaps/val2017"]}
+def official(monkeypatch):
+    """-> a function: from now on the archives {name in the module: path} come from a server -> what it is asked for."""
     served = {}
     with serve(served) as (server, asked):
-        for name, folders in held.items():
-            known = getattr(coco_stuff, name)
-            path = pack(tmp_path / known.name, {f"{folder.split('/')[-1]}/{key}": data for folder in folders
-                                                for key, data in under(tree / folder, "", ".").items()})
-            served[f"/{path.name}"] = path.read_bytes()
-            monkeypatch.setattr(coco_stuff, name, dataclasses.replace(
-                known, size=path.stat().st_size if known.md5 else known.size, md5=known.md5 and md5(path),
-                addresses=(server,), unpacked=10**6))
-        for _ in range(2):
-            sources.download_dataset("coco-stuff", root)
-        assert len(asked) == 3
-    source = sources.open_dataset("coco-stuff", root)
-    assert (len(source.train), len(source.val)) == (12, 3) and names(root) == ["stuffthingmaps", "train2017", "val2017"]
-    mask = source.train[0][2]
-    assert mask.read_bytes() == (tree / "stuffthingmaps/train2017" / mask.name).read_bytes()
+        def redirect(module, archives):
+            for name, path in archives.items():
+                known, data = getattr(module, name), path.read_bytes()
+                served[f"/{path.name}"] = data
+                size = len(data) if known.md5 else 10**6  # rounded where there is no checksum
+                monkeypatch.setattr(module, name, dataclasses.replace(known, size=size, md5=known.md5 and md5(data),
+                                                                      addresses=(server,), unpacked=10**6))
+            return asked
+        yield redirect
 
 
-# ---------------------------------------------------------------- SBD's masks
+def test_voc_from_an_empty_folder(official, tmp_path, monkeypatch):
+    drawn, root = draw_tree("voc", tmp_path / "drawn", sides=(64, 65)), tmp_path / "data"
+    asked = official(voc, dict(zip(("VOC", "SBD"), voc_archives(drawn, tmp_path))))
+    flags = ["--dataset", "voc", "--data-root", root, "--download", "--picture", tmp_path / "check.png"]
+    status, text, words = run_inside(data_check, *flags)
+    assert status == 0 and text.startswith("voc: fetching VOCtrainval_11-May-2012.tar, benchmark.tgz: 0.0 GB"), words
+    assert "\nvoc: 12 training images, 3 test images, 15 seen classes, 5 unseen\n" in text and len(asked) == 2
+    tree, masks = root / "VOCdevkit/VOC2012", root / "VOCdevkit/VOC2012/SegmentationClassAug"
+    assert names(root) == ["VOCdevkit"]  # archives and what came between are gone
+    assert names(tree) == ["ImageSets", "JPEGImages", "SegmentationClass", "SegmentationClassAug"]
+    assert under(masks) == under(drawn / "SegmentationClassAug")  # where VOC has a mask, SBD's says something else
+    text = command(tmp_path, "data.py", *flags).stdout  # in a process of its own, without the server
+    assert "has all its files, nothing to fetch" in text and "voc: 12 training images" in text
+
+    shutil.rmtree(tree / "JPEGImages")
+    (masks / "mine").touch()
+    sources.download_dataset("voc", root)
+    assert len(asked) == 3 and (masks / "mine").exists()  # nothing of SBD
+    shutil.rmtree(masks)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(voc, "read_segmentation", None)
+        sources.download_dataset("voc", root)
+    assert not masks.exists()  # all masks are made or none
+    sources.download_dataset("voc", root)  # goes on from what came
+    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12
+
+
+def test_coco_stuff_from_its_three_archives(official, tmp_path):
+    tree, root = draw_tree("coco-stuff", tmp_path / "tree"), tmp_path / "data"
+    asked = official(coco_stuff, {
+        "TRAIN": pack(tmp_path / "train2017.zip", under(tree / "train2017", "train2017/")),
+        "VAL": pack(tmp_path / "val2017.zip", under(tree / "val2017", "val2017/")),
+        "MAPS": pack(tmp_path / "stuffthingmaps_trainval2017.zip", under(tree / "stuffthingmaps"))})
+    for _ in range(2):
+        sources.download_dataset("coco-stuff", root)
+    assert len(asked) == 3 and under(root) == under(tree)
+    assert len(sources.open_dataset("coco-stuff", root).train) == 12
 
 
 def test_masks_equal_scipys():
     scipy_io, sparse = pytest.importorskip("scipy.io"), pytest.importorskip("scipy.sparse")
     rng = np.random.RandomState(0)
-    for i in range(60):
-        shape = (1, 1) if i == 0 else (2, 2) if i == 1 else tuple(rng.randint(1, 80, 2))  # small elements
-        mask = rng.randint(0, 256, shape).astype(np.uint8)
+    for i, shape in enumerate([(1, 1), (2, 2), *rng.randint(1, 80, (58, 2))]):  # the first two are small elements
+        mask, out = rng.randint(0, 256, shape).astype(np.uint8), io.BytesIO()
         cells = np.empty((3, 1), object)
         cells[:] = [[sparse.csc_matrix(mask > 9)], [np.float64(2)], [np.zeros((0, 2))]]
         before = {"Boundaries": cells, "CategoriesPresent": np.arange(4.0), "text": "text"} if i % 2 else {}
         fields = {**before, "Segmentation": mask, "after": np.int16([1, 2])}
-        out = io.BytesIO()
         scipy_io.savemat(out, {"other": mask.T, "GTcls": fields, "GTinst": fields}, do_compression=i % 3 == 0,
                          long_field_names=i % 5 == 0, oned_as="row" if i % 4 else "column")
         assert np.array_equal(read_segmentation(out.getvalue(), "x"), mask)
-        for order in "<>":  # scipy writes this machine's order alone, but reads both
-            data = mat(mask, order, compressed=bool(i % 2))
-            assert np.array_equal(scipy_io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0], mask)
-            assert np.array_equal(read_segmentation(data, "x"), mask)
+        big = mat(mask, ">", compressed=bool(i % 2))  # scipy writes this machine's order alone, but reads both
+        assert np.array_equal(scipy_io.loadmat(io.BytesIO(big))["GTcls"]["Segmentation"][0, 0], mask)
+        assert np.array_equal(read_segmentation(big, "x"), mask)
 
 
 def test_damaged_and_hostile_masks_give_one_line_and_take_no_memory():
-    rng, mask = np.random.RandomState(1), np.random.RandomState(0).randint(0, 21, (40, 50)).astype(np.uint8)
-    plain, files = mat(mask, compressed=False), []
-    for i in range(120):
-        data = bytearray(mat(mask, "<>"[i % 2], compressed=i % 4 < 2))
-        for place in rng.randint(0 if i % 3 == 1 else 128, min(len(data), 700), 3):
-            data[place] = rng.randint(256)
-        files.append(bytes(data)[:rng.randint(len(data)) if i % 3 == 0 else None])
-    files += [plain[:at] + struct.pack("<i", 0x7FFFFFF0) + plain[at + 4:] for at in range(128, 1200, 4)]
+    rng, mask, refused = np.random.RandomState(1), np.random.RandomState(0).randint(0, 21, (40, 50)).astype(np.uint8), 0
+    good = [mat(mask, order, compressed) for order in "<>" for compressed in (False, True)]
     bomb = zlib.compress(struct.pack("<II", 14, 1 << 30) + bytes(1 << 27))  # 128 MB in 128 kB
-    files += [plain[:128] + struct.pack("<II", 15, len(bomb)) + bomb]
-    refused = 0
+    files = [good[0][:128] + struct.pack("<II", 15, len(bomb)) + bomb]
+    files += [good[0][:at] + struct.pack("<i", 0x7FFFFFF0) + good[0][at + 4:] for at in range(128, 600, 4)]
+    for i in range(160):
+        data = bytearray(good[i % 4])
+        data[rng.randint(128 * (i % 3 > 0), min(len(data), 500))] = rng.randint(256)
+        files.append(bytes(data[:rng.randint(len(data))] if i % 5 == 0 else data))
     tracemalloc.start()
     for data in files:
         try:
