@@ -132,7 +132,8 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", froze
     body         a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, out_channels, h, w)
     head         csh, linear (no CLIP in it) or random (CSH's shape, random frozen weights)
     temperature  τ, CLIP's own when None
-    `clip_model` is not changed: the head copies what it needs, then its image tower may be deleted.
+    `clip_model` is not changed: the head copies what it needs, then its image tower may be deleted. Before training,
+    the adapter should start at CLIP's own tokens: train.start_adapter.
     Raises ModelError, CLIPError."""
     if not isinstance(body, nn.Module):
         body = build_body(body, body_weights)

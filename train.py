@@ -61,7 +61,7 @@ def main(args):
     if rank == 0:
         remarks += check(source, out / "data.png")
 
-    # ---- the frozen teacher (all of CLIP), the student (body and head), the optimiser
+    # ---- the frozen teacher (all of CLIP), the student (body and head; its adapter starts near CLIP), the optimiser
     teacher = clip.load(args.clip).to(device)
     model = models.build(teacher, **{name: getattr(args, name) for name in models.SETTINGS}).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names are not used
