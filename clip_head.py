@@ -85,7 +85,8 @@ def CSH(visual, in_channels, frozen_blocks=1):
 
 
 def LinearHead(visual, in_channels):
-    """Control without CLIP: the same adapter, then one trained layer W -> D. Of `visual` only the widths are used."""
+    """Control without CLIP's weights: the same adapter, then one trained layer W -> D. Only the widths are CLIP's (and,
+    in train.py, the statistics at which the adapter starts)."""
     return Head(Adapter(in_channels, visual.width), nn.Linear(visual.width, visual.output_dim, bias=False))
 
 

@@ -130,7 +130,7 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", froze
     """The segmenter from plain values.
 
     body         a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, out_channels, h, w)
-    head         csh, linear (no CLIP in it) or random (CSH's shape, random frozen weights)
+    head         csh, linear (no weights of CLIP) or random (CSH's shape, random frozen weights)
     temperature  τ, CLIP's own when None
     `clip_model` is not changed: the head copies what it needs, then its image tower may be deleted. Before training,
     the adapter should start at CLIP's own tokens: train.start_adapter.

@@ -40,7 +40,7 @@ BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of 
 MAX_GRADIENT_NORM = 1.0  # OURS
 LOG_EVERY = 20  # steps
 RECIPE = ("clip", "body", "steps", "batch_size", "lr", "crop")  # flags whose default the data set says
-NOT_SAVED = ("workers", "device", "deterministic", "compile", "out_dir", "resume", "save_every")  # they change no batch
+NOT_SAVED = ("workers", "device", "deterministic", "compile", "out_dir", "resume", "save_every")  # may change
 RANGES = {"steps": (1, 10**8), "batch_size": (1, 10**5), "crop": (8, 10**4), "save_every": (1, 10**8), "lr": (0, 100),
           "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "temperature": (1e-6, 1e6),
           "sgd_weight": (0, 1e6), "sam_weight": (0, 1e6)}  # outside, nothing sensible can happen
@@ -61,7 +61,7 @@ def main(args):
     if rank == 0:
         remarks += check(source, out / "data.png")
 
-    # ---- the frozen teacher (all of CLIP), the student (body and head; its adapter starts near CLIP), the optimiser
+    # ---- the frozen teacher (all of CLIP), the student (body and head, which starts at CLIP's tokens), the optimiser
     teacher = clip.load(args.clip).to(device)
     model = models.build(teacher, **{name: getattr(args, name) for name in models.SETTINGS}).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names are not used
@@ -254,9 +254,10 @@ def parse(argv=None):
     group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)}, a file or a folder {recipe}")
     group("--body", choices=bodies.BODIES, metavar="NAME", help=f"{', '.join(bodies.BODIES)} {recipe}")
     group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
-    group("--head", choices=("csh", "linear", "random"), default="csh", help="csh; the controls: linear (no CLIP in "
-          "it), random (CSH's shape, random frozen weights) (default: csh)")
-    group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head (default: 1)")
+    group("--head", choices=("csh", "linear", "random"), default="csh", help="csh; the controls: linear (no weights "
+          "of CLIP), random (CSH's shape, random frozen weights) (default: csh)")
+    group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head; the adapter starts "
+          "at what these blocks get inside CLIP (default: 1)")
     group("--temperature", type=float, metavar="TAU", help="τ of the text logits (default: CLIP's own)")
     group("--sgd-weight", type=float, default=0.2, metavar="λ", help="λ_sgd; 0: no SGD, the teacher does not run "
           "(default: 0.2)")

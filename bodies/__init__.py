@@ -1,7 +1,8 @@
 """Bodies: trainable networks that give dense features, by name.
 
 A body is any nn.Module from ImageNet-normalised images (B, 3, H, W) to (B, C, h, w) with `out_channels` = C. To add a
-name: its module in a file here, and a line in `build_body`. Or give the module itself to model.build.
+name: its module in a file here, its name in BODIES, and two lines in `build_body` below those of `small`. Or give the
+module itself to model.build.
 
     small          for the toy data set, from random weights, stride 4
     segnext-t … l  SegNeXt, the nearest to the authors' earlier papers, stride 16

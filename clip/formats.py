@@ -1,4 +1,4 @@
-"""Files of tensors, read as data: nothing in them is run, whoever wrote them.
+"""The bytes of a CLIP file -> its tensors by name; nothing in the file is run.
 
 Three formats, told apart by their first bytes: torch.save's archives, safetensors, and OpenAI's TorchScript archives,
 which torch.load refuses to read as data (torch.jit.load would run code from the file).

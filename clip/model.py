@@ -93,7 +93,7 @@ def resize_positions(table, h, w):
 
 
 class VisionTransformer(nn.Module):
-    """Image tower. What a head borrows: `transformer.resblocks`, `ln_post`, `proj`, `input_size`.
+    """Image tower. What a head borrows: `transformer.resblocks`, `ln_post`, `proj`.
 
     `config` is the constructor's arguments: VisionTransformer(**visual.config) is one of the same shape, untrained."""
 

@@ -20,7 +20,7 @@ THREADS = 8  # that read masks for `without_unseen`; Pillow unpacks outside Pyth
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A data set's training defaults; train.py's flags override them. METHOD: FIELD for the benchmarks."""
+    """A data set's training defaults; train.py's flags override them. FIELD for the benchmarks."""
     steps: int
     batch_size: int = 16  # images a step, over all processes
     lr: float = 2e-4

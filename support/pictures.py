@@ -1,4 +1,4 @@
-"""What people see: label maps in colours, sheets of samples, a prediction over its picture, the curves of a run.
+"""Drawing for all commands: label maps in colours, sheets of samples, a prediction over its picture, a run's curves.
 
 Pictures are uint8 (3, H, W) tensors, labels uint8 (H, W) with 255 for no class. What is drawn is a Pillow image. Class
 k has the same colour everywhere.

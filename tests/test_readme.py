@@ -91,6 +91,6 @@ def test_the_tour_runs_and_is_stored_with_its_outputs(tmp_path):
     assert path.stat().st_size < 2**20 and all(cell.outputs and cell.execution_count for cell in cells)
     training, = [cell for cell in cells if "STEPS, bank = " in cell.source]
     training.source = re.sub(r"STEPS, bank = \d+", "STEPS, bank = 2", training.source)
-    NotebookClient(tour, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(tour, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
     assert sum(pictures) >= 6
