@@ -19,7 +19,7 @@ from support.processes import rank, world_size
 IGNORE = 255
 TAU_G = 0.07  # τ_g. LINE: the group's earlier InfoNCE
 BANK = 256  # M, earlier CLS embeddings kept as negatives. LINE: a bank; OURS: its size
-BAND = 2**23  # upsampled logits held at a time
+BAND = 2**21  # upsampled logits held at a time
 
 
 def fp32(x):

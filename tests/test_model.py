@@ -40,6 +40,8 @@ def test_the_adapter_starts_at_clips_own_tokens(tiny_clip):
     hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     tiny_clip.encode_image(images)
     hook.remove()
+    with pytest.raises(clip.CLIPError, match="9 frozen blocks asked for: this CLIP has 0 to 4"):
+        clip_tokens(tiny_clip.visual, images, 9)
     tokens = clip_tokens(tiny_clip.visual, images, 1)
     assert torch.allclose(tokens, seen[0][:, 1:], atol=1e-6)
     tokens = 3 * tokens + torch.arange(96.0) / 96
