@@ -66,7 +66,8 @@ def main(args):
     model = models.build(teacher, **{name: getattr(args, name) for name in models.SETTINGS}).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names are not used
     trainset = data.TrainSet(source, recipe, teacher.visual.input_size, args.seed)
-    start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
+    if not args.resume:  # a resumed run has its adapter in last.pt
+        start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.body_weights != "none"), weight_decay=0,
                                   fused=device.type != "mps")
 

@@ -1,6 +1,7 @@
 """The toy data set: its tiny CLIP, as committed, its sprites and its world."""
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,9 @@ def test_the_demo_shows_no_class():
 
 
 def test_a_world_is_never_written_over(tmp_path):
+    (tmp_path / f"toy.partial-{os.getpid()}/images").mkdir(parents=True)  # a process of this number was killed
     world.write(tmp_path / "toy", seed=2, train=2, val=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
     assert (tmp_path / "toy/unseen.txt").read_text().splitlines() == world.unseen(2)
     with pytest.raises(FileExistsError, match="exists already"):
         world.write(tmp_path / "toy")

@@ -177,6 +177,7 @@ def write(root, seed=0, train=TRAIN, val=VAL):
         raise FileExistsError(f"{root} exists already: delete it, or give another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
     (partial / "images").mkdir(parents=True)
     (partial / "masks").mkdir()
     try:
