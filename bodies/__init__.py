@@ -16,7 +16,7 @@ from torchvision import models
 from bodies.pretrained import TORCHVISION, TorchvisionBody
 from bodies.segnext import SIZES, WEIGHTS, SegNeXt, load_mscan
 from bodies.small import SmallBody
-from support import UserError
+from support import UserError, first_line
 from support.processes import first_on_machine
 
 SEGNEXT = {f"segnext-{size}": size for size in SIZES}
@@ -55,7 +55,6 @@ def build_body(name, weights="default"):
             models.get_model(TORCHVISION[name][0]).load_state_dict(state)
             body.backbone.load_state_dict({key: state[key] for key in body.backbone.state_dict()})
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:160]
-        raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {reason}): put {url} at {file}, or "
-                         "give --body-weights FILE or none") from None
+        raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {first_line(error, 160)}): put "
+                         f"{url} at {file}, or give --body-weights FILE or none") from None
     return body

@@ -14,6 +14,7 @@ from collections import OrderedDict
 import torch
 
 from clip.model import CLIPError
+from support import first_line
 from support.archive import read_archive
 
 
@@ -44,7 +45,7 @@ def why(error, path):
         return (f"holds more than tensors: it wants the class {wanted[1]}, and nothing in a file is run here. If you "
                 f'trust it, load it where it was made, torch.load("{path.name}", weights_only=False), and save the '
                 'tensors alone: torch.save(model.state_dict(), "weights.pt")')
-    return f"cannot be read as CLIP weights ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
+    return f"cannot be read as CLIP weights ({type(error).__name__}: {first_line(error, 120)})"
 
 
 def flatten(content):

@@ -198,7 +198,7 @@ def training(body, teacher, source, args, device):
         for batch in data.train_loader(dataset, order, args.workers, device):
             mark("data")
             bank = step(model, teacher, optimizer, batch, bank, flags, device, mark)
-    parts = torch.tensor(clock).diff().view(-1, len(PARTS))[2:].mean(0)
+    parts = torch.tensor(clock, dtype=torch.float64).diff().view(-1, len(PARTS))[2:].mean(0)
     return {"images_per_s": args.batch_size / parts.sum().item(), "peak_mb": peak.mb,
             "parts": dict(zip(PARTS, (parts / parts.sum()).tolist()))}
 
@@ -231,7 +231,8 @@ def build(name, teacher, classes):
 
 def cost(net, side):
     """-> {"gflops" of one image, "trained_m" and "all_m": millions of parameters}"""
-    trained, every = (sum(p.numel() for p in net.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0))
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6
+    every = sum(p.numel() for p in net.parameters()) / 1e6
     image = torch.rand(1, 3, side, side, device=net.t.device)
     return {"gflops": gflops(net.logits, image)["Global"], "trained_m": trained, "all_m": every}
 

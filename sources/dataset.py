@@ -61,6 +61,8 @@ class DataSource:
                             "2, as training tells classes apart: add classes, or name fewer of them as unseen")
         owner = {}
         for name in self.classes:
+            if not name.strip(", "):
+                raise DataError(f"{self.name}: the class {name!r} has no name: give it a word, of which text is made")
             for word in filter(None, map(plain, name.split(","))):
                 if owner.setdefault(word, name) != name:
                     raise DataError(f"{self.name}: the classes {owner[word]!r} and {name!r} share the name {word!r}, "

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from support import UserError
+from support import UserError, first_line
 from support.archive import check_tensors, read_archive
 from support.processes import from_first, rank, world_size
 
 FORMAT = 2  # of the file; raise it when older ones can no longer be read
 MAY_CHANGE = ("data_root", "lr", "clip", "precision", "departures")  # by --resume; anything else is another run
 KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "config": dict, "processes": int}
-SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str, "head": str,
-            "frozen_blocks": int, "steps": int, "crop": int, "temperature": float | None, "classes": list,
-            "unseen": list, "templates": list, "test": dict}  # what evaluate.py and predict.py need of the config
+SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str,
+            "body_weights": str, "head": str, "frozen_blocks": int, "steps": int, "crop": int,
+            "temperature": float | None, "departures": str, "classes": list, "unseen": list, "templates": list,
+            "test": dict}  # what evaluate.py and predict.py need of the config
 TEST = {"short_side": int, "window": int, "stride": int}
 
 
@@ -78,10 +79,6 @@ def save(out, model, optimizer, step, bank, config):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"step {step} could not be saved in {out} ({first_line(error)}): is the disk full? "
                               "last.pt is unchanged, --resume continues from it") from None
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:100]
 
 
 # ---------------------------------------------------------------- reading

@@ -14,7 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from support import UserError
+from support import UserError, first_line
 from support.processes import from_first, world_size
 
 EVERY = 10  # steps between two looks at the other processes' signals
@@ -27,6 +27,7 @@ def run_command(main, parse):
     torchrun ends all processes as soon as one has ended. So the others wait a little before they speak, those that
     only lost a connection longest, or they say nothing if a signal came before."""
     args, lost = parse(), False
+    atexit.register(end_loaders)
     try:
         result = main(args)
         if world_size() > 1:  # nobody leaves while another still talks to it
@@ -40,7 +41,7 @@ def run_command(main, parse):
         if "Traceback" in message:  # from a loader process: the message itself is the last line
             message = message.split("\n")[-1].split("Error: ", 1)[-1]
     except RuntimeError as error:
-        message = str(error).strip().split("\n")[0]
+        message = first_line(error, 1000)
         if message.startswith("DataLoader worker"):
             message += ": out of memory? try fewer --workers"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", message, re.IGNORECASE):
@@ -52,6 +53,13 @@ def run_command(main, parse):
         sys.exit(1)
     time.sleep(30 if lost else 15 if int(os.environ.get("RANK", 0)) else 0)
     sys.exit(f"error: {message}")
+
+
+def end_loaders():
+    """At exit Python sends the loader processes SIGTERM, which they ignore, and would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the kill as an error
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Signals:
@@ -68,7 +76,6 @@ class Signals:
                 signal.signal(number, signal.default_int_handler)
 
         SIGNALS.clear()
-        atexit.register(self.end_loaders)
         self.device = device
         self.former = {number: signal.signal(number, note) for number in self.KINDS}
 
@@ -85,13 +92,6 @@ class Signals:
     def restore(self):
         for number, handler in self.former.items():
             signal.signal(number, handler)
-
-    @staticmethod
-    def end_loaders():
-        """At exit Python sends the loader processes SIGTERM, which they ignore, and would wait for them for ever."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the kill as an error
-        for process in multiprocessing.active_children():
-            process.kill()
 
     @classmethod
     def ignore(cls, _):
