@@ -33,10 +33,6 @@ WEIGHTS = {size: _URL + file for size, file in {  # ImageNet-1k; a name ends in 
     "b": "mscan_b_20230227-3ab7d230.pth", "l": "mscan_l_20230227-cef260d4.pth"}.items()}
 
 
-class SegNeXtError(ValueError):
-    """A size that does not exist or a checkpoint that does not fit; the message says what to do."""
-
-
 def named(**layers):
     """nn.Sequential with names."""
     return nn.Sequential(OrderedDict(layers))
@@ -187,8 +183,6 @@ class SegNeXt(nn.Module):
 
     def __init__(self, size="t", stride=8):
         super().__init__()
-        if size not in SIZES:
-            raise SegNeXtError(f"no SegNeXt of size {size!r}: choose one of {', '.join(SIZES)}")
         widths, depths, self.out_channels, bases, last_rate = SIZES[size]
         self.stride = stride
         self.backbone = MSCAN(widths, depths, last_rate)
@@ -208,7 +202,7 @@ def load_mscan(body, checkpoint):
     """Fills `body.backbone` from an MSCAN ImageNet checkpoint: what torch.load gives for a file of WEIGHTS, or for one
     of the authors' own, which name one layer otherwise. Every tensor must fit but the ImageNet classifier's, `head.*`.
 
-    Raises SegNeXtError, and then the body is as it was."""
+    Raises ValueError, and then the body is as it was."""
     state = {key.replace(".dwconv.dwconv.", ".dwconv."): tensor
              for key, tensor in checkpoint.get("state_dict", checkpoint).items() if not key.startswith("head.")}
     wanted = body.backbone.state_dict()
@@ -216,5 +210,5 @@ def load_mscan(body, checkpoint):
         if key.endswith(".num_batches_tracked"):  # BatchNorm does not need its counters; a file may lack them
             state.setdefault(key, counter)
     if wrong := misfit(state, wanted):
-        raise SegNeXtError(f"not the weights of this MSCAN, another size or model? {wrong}")
+        raise ValueError(f"not the weights of this MSCAN, another size or model? {wrong}")
     body.backbone.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., arXiv 2103.00020), written for this project. Everything runs in fp32.
+"""CLIP (Radford et al., arXiv 2103.00020), written for this project. Its weights are fp32.
 
     model = clip.load("ViT-B/16")  # a name in clip.MODELS, a file, or a folder as save_pretrained leaves it
     c = model.encode_image(images)                              # (B, 3, H, W), RGB in [0, 1] -> (B, D)

@@ -8,7 +8,7 @@
 
 A row is a name of ROWS. It may be followed by flags of train.py and changes of the data: images=N keeps the first N
 training images, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
-unseen classes; world N is in data/toy-N and is drawn if it is missing.
+unseen classes; world N is in data/toy-N (0 in data/toy) and is drawn if it is missing.
 Each run is a process of one thread, two run at a time. A finished run is a line of experiments/results/study.jsonl, so
 the study goes on where it was interrupted. All lines of that file must have the same METHOD files (ignoring comments)
 and those of one world the same precision, as rows are compared in pairs; the study refuses others.
@@ -216,19 +216,20 @@ def gains(lines, row, key):
 def report(lines):
     """-> Markdown"""
     hours, commits = sum(line["seconds"] for line in lines) / 3600, sorted({line["commit"] for line in lines})
+    worlds = {}
+    for line in lines:
+        worlds.setdefault(line["precision"], set()).add(line["world"])
     search, lines = [line for line in lines if line["world"] >= SEARCH], reported(lines)
     rows, kinds = rows_of(lines), list(world.unseen_kinds())
     first = {line["row"]: line for line in reversed(lines)}
-    worlds = {line["precision"]: sorted({x["world"] for x in (*lines, *search) if x["precision"] == line["precision"]})
-              for line in (*lines, *search)}
-    precisions = " and ".join(f"{name} (worlds {', '.join(map(str, which))})" for name, which in worlds.items())
+    precisions = " and ".join(f"{name} (worlds {', '.join(map(str, sorted(which)))})" for name, which in worlds.items())
     parts = [
         f"{len(lines) + len(search)} runs, each of one thread, in {precisions}, {hours:.1f} hours together. Commit "
         f"{', '.join(commits)}, method {(lines or search)[0]['method']}. Each with OMP_NUM_THREADS=1, --workers 0, "
         "--device cpu.",
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
-        "mean of its seeds. The last two columns are mean IoU of the unseen things and of the unseen grounds. Worlds "
-        "differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
+        "mean of its seeds. The columns *new thing* and *new ground* are mean IoU of the unseen things and grounds. "
+        "Worlds differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
         markdown(("row", "what it is", "worlds", *SCORES.values(), *kinds, "first command"), [
             (row, ROWS[row][0] if row in ROWS else "the same with these changes", len(by_world(lines, row, "hIoU")),
              *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)), f"`{first[row]['command']}`")

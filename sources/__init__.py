@@ -10,17 +10,17 @@ from pathlib import Path
 
 from losses import IGNORE
 from sources import coco_stuff, context, voc
-from sources.dataset import PROTOCOL, DataSource, Recipe, plain, without_unseen
-from sources.files import INVALID, DataError, read_lines
-from sources.folder import FOLDER, open_folder
-from sources.toy import TOY, open_toy
+from sources.dataset import DataSource, Recipe, plain, without_unseen
+from sources.files import INVALID, DataError
+from sources.folder import open_folder
+from sources.toy import open_toy
 from toy import world
 
-__all__ = ["FOLDER", "IGNORE", "INVALID", "NAMES", "PROTOCOL", "TOY", "DataError", "DataSource", "Recipe",
-           "download_dataset", "open_dataset", "open_folder", "plain", "read_lines", "without_unseen"]
+__all__ = ["IGNORE", "INVALID", "NAMES", "DataError", "DataSource", "Recipe", "download_dataset", "open_dataset",
+           "plain", "without_unseen"]
 NAMES = ("toy", "voc", "coco-stuff", *context.SPLITS)
 OPENED = {"toy": open_toy, "voc": voc.open_voc, "coco-stuff": coco_stuff.open_coco_stuff}
-FETCHED = {"voc": voc.download, "coco-stuff": coco_stuff.download} | dict.fromkeys(context.SPLITS, context.download)
+FETCHED = {"voc": voc.download, "coco-stuff": coco_stuff.download}
 
 
 def open_dataset(name, root=None):
@@ -48,5 +48,5 @@ def default_root(name):
 def download_dataset(name, root=None):
     """Brings what is missing of a benchmark's files. Raises DataError."""
     if name not in FETCHED:
-        raise DataError(f"--download is for voc and coco-stuff; {name} has nothing to fetch")
+        raise DataError(f"--download is for {' and '.join(FETCHED)}, not for {name}: see docs/data.md")
     FETCHED[name](Path(root) if root else default_root(name))

@@ -1,6 +1,6 @@
 """PASCAL Context, 49 seen and 10 unseen of its 59 classes. Two lists of the ten are published: a name for each."""
 from sources.dataset import PROTOCOL, DataSource, Recipe, locate
-from sources.files import MASKS, DataError, list_files, pair_up, read_lines
+from sources.files import MASKS, list_files, pair_up, read_lines
 
 SPLITS = {"context": "unseen_zs3_lineage", "context-cascade-clip": "unseen_cascade_clip"}
 INSIDE = "VOCdevkit/VOC2010"
@@ -18,8 +18,3 @@ def open_context(root, name):
     splits = [pair_up(read_lines(where[part]), images, masks, where[part]) for part in LISTS]
     return DataSource(name, protocol["classes"], set(protocol[SPLITS[name]]), {k + 1: k for k in range(59)}, *splits,
                       tuple(protocol["templates"]), Recipe(steps=protocol["iterations"]), (0, 255), COUNTS)
-
-
-def download(root):
-    raise DataError("PASCAL Context has no --download: its masks are made by a tool of its authors; docs/data.md says "
-                    f"how to make them, and which tree {root} then has")

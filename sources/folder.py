@@ -10,7 +10,7 @@ FOLDER = Recipe(steps=20000)  # OURS: as VOC
 TEMPLATES = tuple(PROTOCOL["coco-stuff"]["templates"])
 
 
-def open_folder(root, name=None, templates=TEMPLATES, recipe=FOLDER):
+def open_folder(root, name, templates=TEMPLATES, recipe=FOLDER):
     if not root.is_dir():
         raise DataError(f"no folder {root}: expected a folder that holds images/, masks/, train.txt, val.txt and "
                         "classes.txt (docs/data.md; python -m toy.world --root FOLDER draws one)")
@@ -28,5 +28,5 @@ def open_folder(root, name=None, templates=TEMPLATES, recipe=FOLDER):
     images, masks = list_files(root / "images", IMAGES), list_files(root / "masks", MASKS)
     splits = [pair_up(read_lines(root / f"{split}.txt"), images, masks, root / f"{split}.txt")
               for split in ("train", "val")]
-    return DataSource(name or str(root), classes, {classes.index(c) for c in unseen},
+    return DataSource(name, classes, {classes.index(c) for c in unseen},
                       {k: k for k in range(len(classes))}, *splits, templates, recipe)

@@ -22,7 +22,7 @@ PANEL = (560, 300)  # pixels
 
 
 def palette():
-    """255 RGB triples, neither dark nor glaring; each is as far as can be from all before it."""
+    """255 colours, neither dark nor glaring, each as far as can be from all before it; then white."""
     level = np.linspace(40, 235, 9)
     free = np.stack(np.meshgrid(level, level, level), -1).reshape(-1, 3)
     free = free[(free.max(1) > 140) & (free.min(1) < 140) & (free.sum(1) < 540)]
