@@ -63,7 +63,9 @@ def test_the_report_by_hand():
              line("linear", 0, 1, 68, 44, 52, (58, 90)), line("linear", 1, 0, 80, 30, 44, (52, 81)),
              line("linear", 2, 0, 75, 36, 46, (50, 73)), line("linear", 3, 0, 0, 0, 0),
              line("full", 8, 0, 1, 2, 3), line("full --k-end 1", 8, 0, 4, 5, 6), line("full --k-end 1", 9, 0, 6, 5, 6),
-             line("full images=9", 1, 0, 60, 20, 30), line("linear images=9", 1, 0, 60, 18, 28)]
+             line("full images=9", 1, 0, 60, 20, 30), line("linear images=9", 1, 0, 60, 18, 28),
+             line("full --steps 300", 0, 0, 50, 30, 37), line("linear --steps 300", 0, 0, 49, 31, 36),
+             line("full --strict --steps 300", 0, 0, 48, 8, 13), line("linear --strict --steps 300", 0, 0, 47, 6, 10)]
     text = study.report(lines)
     # worlds 60, 53, 55: world 0 counts once, with the mean of its seeds
     assert ("| full | the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | 53.3 ± 5.8 | "
@@ -73,12 +75,18 @@ def test_the_report_by_hand():
             "+0.0 [-5.0, +5.0] | -1.3 [-5.1, +2.5] |") in text
     assert "| linear images=9 | 1 | +0.0 | +2.0 | +2.0 |" in text  # against full of as many pictures
     assert "| full images=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
+    assert "| linear --steps 300 | 1 | +1.0 | -1.0 | +1.0 |" in text  # against full of as many steps
+    assert "| linear --strict --steps 300 | 1 | +1.0 | +2.0 | +3.0 |" in text
+    assert "| full --strict --steps 300 | 1 | +2.0 | +22.0 | +24.0 |" in text  # against full of as many steps
+    assert "| full --steps 300 | 1 | +" not in text
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
     assert "| full | 8 | 1.0 | 2.0 | 3.0 |" in text and "| full --k-end 1 | 8, 9 | 5.0 ± 1.4 | 5.0 ± 0.0 |" in text
-    assert ("13 runs, each of one thread, in fp32 (worlds 0, 1, 2, 3, 8, 9), 6.5 hours together. Commit c1, method m1."
+    assert ("17 runs, each of one thread, in fp32 (worlds 0, 1, 2, 3, 8, 9), 8.5 hours together. Commit c1, method m1."
             ) in text
-    assert study.readme_table(lines).splitlines()[3].endswith(
-        "| 4 | 55.8 ± 37.5 | 27.5 ± 19.2 | 35.5 ± 23.9 | 40.0 ± 26.9 | 61.0 ± 41.3 | **+9.3 [+7.9, +10.8]** |")
+    table = study.readme_table(lines).splitlines()[2:]  # rows of 300 steps alone
+    assert table[0] == "| `full`: the default: CSH, SGD, SAM | 1 | 50.0 | 30.0 | 37.0 | 0.0 | 0.0 |  |"
+    assert [row.split(" | ")[-1] for row in table[1:]] == ["+1.0 |", "+24.0 |", "+3.0 |"]
+    assert table[3].startswith("| `linear --strict`: `linear` without them, against `full --strict` | 1 | 47.0 |")
 
 
 def test_t_table_holds_95_percent():
@@ -91,12 +99,12 @@ def test_t_table_holds_95_percent():
 
 
 def test_it_runs_what_is_missing_and_reports(places):
-    argv = ["--worlds", "0", "3", "--rows", "full", "linear  seen=6 --strict", "--jobs", "1"]
+    argv = ["--worlds", "0", "3", "--rows", "full --steps 300", "linear  seen=6 --strict", "--jobs", "1"]
     study.main(study.parse(argv))
     assert len(places) == 4 and places[1][:3] == ["--head", "linear", "--strict"]
     kept = study.RESULTS.read_text()
     assert json.loads(kept.splitlines()[0]) | {"seconds": 0} == {
-        "row": "full", "world": 0, "seed": 0, "precision": "fp32", "method": study.method_hash(),
+        "row": "full --steps 300", "world": 0, "seed": 0, "precision": "fp32", "method": study.method_hash(),
         "commit": study.commit(), "command": " ".join(["python train.py", *places[0]]), "seconds": 0,
         "scores": {"mIoU_seen": 41.0, "mIoU_unseen": 20.5, "hIoU": 10.25}, "IoU": dict.fromkeys(world.unseen(0), 41.0)}
     study.RESULTS.write_text("".join(kept.splitlines(True)[:-1]))  # the last run was interrupted
