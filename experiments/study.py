@@ -205,15 +205,18 @@ def by_world(lines, row, key):
     return [mean(seeds.values()) for seeds in table_of(lines, row, key).values()]
 
 
-def gains(lines, row, key):
-    """[score of full − score of the row, mean over the seeds that both have], one for each world.
-
-    Full has the same changes and flags as the row; a row that is full with changes is compared with full without
-    them, at the same number of steps."""
+def full_of(row):
+    """The row of full that a row is compared with: with the same changes and flags. For a row that is full with
+    changes it is full without them, at the same number of steps."""
     name, *more = row.split()
     if name == "full":
         more = more[more.index("--steps"):][:2] if "--steps" in more else []
-    high, low = table_of(lines, " ".join(["full", *more]), key), table_of(lines, row, key)
+    return " ".join(["full", *more])
+
+
+def gains(lines, row, key):
+    """[score of `full_of(row)` − score of the row, mean over the seeds that both have], one for each world."""
+    high, low = table_of(lines, full_of(row), key), table_of(lines, row, key)
     pairs = {w: [high[w][seed] - low[w][seed] for seed in high[w].keys() & low[w]] for w in high.keys() & low}
     return [mean(pairs[w]) for w in sorted(pairs) if pairs[w]]
 
@@ -246,7 +249,7 @@ def report(lines):
         "outside.",
         markdown(("full − row", "worlds", *SCORES.values(), *kinds), [
             (row, len(gains(lines, row, "hIoU")), *(interval(gains(lines, row, key)) for key in (*SCORES, *kinds)))
-            for row in rows if row not in ("full", f"full{SHORT}") and gains(lines, row, "hIoU")])]
+            for row in rows if row != full_of(row) and gains(lines, row, "hIoU")])]
     noise = [(row, w, len(seeds), mean_std(list(seeds.values()))) for row in rows
              for w, seeds in table_of(lines, row, "hIoU").items() if len(seeds) > 1]
     if noise:
@@ -266,7 +269,7 @@ def readme_table(lines):
     return markdown(("row", "worlds", *SCORES.values(), *(f"{kind}s" for kind in kinds), "full − row, hIoU"), [
         (f"`{row.removesuffix(SHORT)}`: {what}", len(by_world(lines, row, "hIoU")),
          *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)),
-         interval(gains(lines, row, "hIoU")) if row != f"full{SHORT}" else "")
+         interval(gains(lines, row, "hIoU")) if row != full_of(row) else "")
         for row, what in README_ROWS.items() if by_world(lines, row, "hIoU")])
 
 
