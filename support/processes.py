@@ -19,6 +19,8 @@ def start(name=None):
 
     name: cpu, cuda or mps; by default a GPU where there is one. Raises UserError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected cpu, cuda or mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch finds no GPU that it can use: drop --device")
     if name == "mps" and not torch.backends.mps.is_available():
