@@ -19,7 +19,7 @@ from support.processes import rank, world_size
 IGNORE = 255
 TAU_G = 0.07  # τ_g. LINE: the group's earlier InfoNCE
 BANK = 256  # M, earlier CLS embeddings kept as negatives. LINE: a bank; OURS: its size
-BAND = 2**21  # upsampled logits held at a time
+BAND = {"cpu": 2**21, "cuda": 2**26}  # upsampled logits held at a time: on GPUs fewer and larger kernels
 
 
 def fp32(x):
@@ -70,7 +70,7 @@ def _cross_entropy_of_rows(logits, labels, rows):
 def bands(logits, size):
     """Logits (B, K, h, w) and (H, W) -> slices of the H rows, each of at most BAND upsampled logits."""
     (H, W), (B, K) = size, logits.shape[:2]
-    height = max(BAND // (B * K * W), 1)
+    height = max(BAND.get(logits.device.type, BAND["cpu"]) // (B * K * W), 1)
     return [slice(y, min(y + height, H)) for y in range(0, H, height)]
 
 

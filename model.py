@@ -142,7 +142,6 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", froze
              "random": lambda: RandomHead(clip_model.visual, body.out_channels, frozen_blocks)}
     if head not in heads:
         raise ModelError(f"no head {head!r}: choose {', '.join(heads)}")
-    body = body.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and CUDA
     tau = 1 / clip_model.logit_scale.exp().item() if temperature is None else temperature
     return ChimeraSeg(body, heads[head](), clip_model, tau)
 

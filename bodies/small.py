@@ -44,6 +44,6 @@ class SmallBody(nn.Module):
         """(B, 3, H, W) -> (B, 128, ⌈H/4⌉, ⌈W/4⌉)"""
         fine = self.fine(x)
         middle = self.middle(fine)
-        stages = [fine] + [F.interpolate(s, fine.shape[-2:], mode="bilinear", align_corners=False)
-                           for s in (middle, self.coarse(middle))]
-        return self.fuse(torch.cat(stages, dim=1))
+        stages = [s.contiguous(memory_format=torch.channels_last) for s in (middle, self.coarse(middle))]
+        stages = [F.interpolate(s, fine.shape[-2:], mode="bilinear", align_corners=False) for s in stages]
+        return self.fuse(torch.cat([fine, *stages], dim=1))

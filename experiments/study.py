@@ -1,18 +1,19 @@
 """The controlled comparison on the toy data set: train.py with and without a part, on several worlds.
 
-    python -m experiments.study                                     # README's table: its rows on worlds 0 to 7
-    python -m experiments.study --worlds 0 1 2 --rows full linear   # runs of the default length, 1000 steps
+    python -m experiments.study                                     # README's table: the ROWS on worlds 0 to 7
+    python -m experiments.study --jobs 16                           # the same on a GPU and 16 cores
     python -m experiments.study --worlds 0 --seeds 0 1 2 --rows full                            # the noise of a run
     python -m experiments.study --worlds 8 9 10 11 --rows "full --steps 300" "full --steps 300 --k-end 1" # a search
     python -m experiments.study --worlds 0 1 --rows "full images=250" "linear images=250"       # a hypothesis
     python -m experiments.study --report      # docs/results.md and .png and README's table, from what is there
 
 A row is a name of ROWS. It may be followed by flags of train.py and changes of the data: images=N keeps the first N
-training images, seen=N keeps N seen classes and makes all others unseen. Each world has other scenes and other
-unseen classes; world N is in data/toy-N (0 in data/toy) and is drawn if it is missing.
-Each run is a process of one thread, two run at a time. A finished run is a line of experiments/results/study.jsonl, so
-the study goes on where it was interrupted. All lines of that file must have the same METHOD files (ignoring comments)
-and those of one world the same precision, as rows are compared in pairs; the study refuses others.
+training images, seen=N keeps N seen classes and makes all others unseen. `frozen-body`: the body is that of the
+finished row linear-seg of as many steps, and learns no more. Each world has other scenes and other unseen classes;
+world N is in data/toy-N (0 in data/toy) and is drawn if it is missing.
+Each run is a process of one thread, on the GPU if there is one; two run at a time. A finished run is a line of
+experiments/results/study.jsonl, so the study goes on where it was interrupted. Rows of one world and as many steps are
+compared, so they must have the same METHOD files (ignoring comments) and precision; the study refuses others.
 """
 import argparse
 import ast
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from sources.files import read_lines
@@ -44,10 +46,6 @@ ROWS = {  # name: (what it is, flags of train.py)
     "random": ("CSH's shape with random frozen weights", ["--head", "random"]),
     "all-k": ("SGD distils all positions throughout", ["--k-end", "1"]),
 }
-SHORT = " --steps 300"  # of README's rows, not 1000: more worlds say more than more steps
-README_ROWS = {**{name + SHORT: what for name, (what, _) in ROWS.items()},
-               f"full --strict{SHORT}": "`full` without the training images that show unseen classes",
-               f"linear --strict{SHORT}": "`linear` without them, against `full --strict`"}
 ROOT = Path(__file__).parent.parent
 DATA, RUNS = ROOT / "data", ROOT / "runs/study"
 RESULTS, REPORT, README = ROOT / "experiments/results/study.jsonl", ROOT / "docs/results.md", ROOT / "README.md"
@@ -87,9 +85,15 @@ def method_hash():
     return digest.hexdigest()[:12]
 
 
+def length(row):
+    """["--steps", "300"] of a row that has it, else []."""
+    words = row.split()
+    return words[words.index("--steps"):][:2] if "--steps" in words else []
+
+
 def split_row(row):
     """"linear images=250 --lr 1e-3" -> {"images": 250}, all its flags for train.py"""
-    name, *more = row.split()
+    name, *more = (word for word in row.split() if word != "frozen-body")
     if name not in ROWS:
         raise UserError(f"no row {name!r}: choose {', '.join(ROWS)}")
     changes = [re.fullmatch(r"(images|seen)=(\d+)", word) for word in more]
@@ -122,14 +126,22 @@ def draw(seed, changes):
     return changed
 
 
-def train(flags, out):
+def run_folder(row, seed_of_world, seed):
+    return RUNS / re.sub(r"[^\w.=-]+", "_", f"{row}-world{seed_of_world}-seed{seed}")
+
+
+def train(command, out):
     """One run of train.py in a process of one thread -> its metrics.json."""
     (out / "metrics.json").unlink(missing_ok=True)
-    command = [sys.executable, "train.py", *flags, "--out-dir", str(out), "--workers", "0", "--device", "cpu"]
+    command = [sys.executable, *command, "--out-dir", str(out), "--workers", "0"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"python train.py {' '.join(flags)} did not finish: {done.stderr.strip()[-300:]}")
+        raise UserError(f"{' '.join(command)} did not finish: {done.stderr.strip()[-300:]}")
     return json.loads((out / "metrics.json").read_text())
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def commit():
@@ -141,13 +153,21 @@ def commit():
 def run(row, seed_of_world, seed, folder, precision):
     """One run, whose line is written into RESULTS."""
     start, method = time.time(), method_hash()
-    flags = [*split_row(row)[1], "--data-root", os.path.relpath(folder, ROOT), "--seed", str(seed),
-             "--precision", precision]
-    result = train(flags, RUNS / re.sub(r"[^\w.=-]+", "_", f"{row}-world{seed_of_world}-seed{seed}"))["gamma_0"]
+    flags, script = split_row(row)[1], ["train.py"]
+    if "frozen-body" in row.split():
+        trained = " ".join(["linear-seg", *length(row)])
+        body = run_folder(trained, seed_of_world, seed) / "last.pt"
+        if not body.exists():
+            raise UserError(f"{row} needs the body of a finished run, which is not in {body}: first run --rows "
+                            f"'{trained}'")
+        script = ["-m", "experiments.frozen_body", os.path.relpath(body, ROOT)]
+    command = [*script, *flags, "--data-root", os.path.relpath(folder, ROOT), "--seed", str(seed),
+               "--precision", precision]
+    result = train(command, run_folder(row, seed_of_world, seed))["gamma_0"]
     if method_hash() != method:
         raise UserError(f"the method's files changed during a run of {row}, whose result is not kept: start again")
-    line = {"row": row, "world": seed_of_world, "seed": seed, "precision": precision, "method": method,
-            "commit": commit(), "command": " ".join(["python train.py", *flags]),
+    line = {"row": row, "world": seed_of_world, "seed": seed, "precision": precision, "device": device_name(),
+            "method": method, "commit": commit(), "command": " ".join(["python", *command]),
             "seconds": round(time.time() - start), "scores": {key: round(result[key], 2) for key in SCORES},
             "IoU": {name: result["IoU"][name] for name in world.unseen(seed_of_world)}}
     with open(RESULTS, "a") as file:
@@ -157,20 +177,24 @@ def run(row, seed_of_world, seed, folder, precision):
 
 
 def finished():
-    """Lines of the finished runs. Raises UserError if they are of several methods, or one world's of two precisions."""
+    """Lines of the finished runs. Raises UserError as `comparable` does."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     comparable(lines)
     return lines
 
 
 def comparable(lines):
-    methods = {line["method"]: line["commit"] for line in lines}
-    precisions = {(line["world"], line["precision"]) for line in lines}
-    if len(methods) > 1 or len(precisions) > len(dict(precisions)):
-        listed = "; ".join(f"{method} ({at})" for method, at in methods.items())
-        raise UserError(f"{RESULTS} and the runs to come are of more than one method ({listed}), or of more than one "
-                        "precision in a world: their scores are not comparable. Keep the lines of one only, or move "
-                        "the file away")
+    """Raises UserError if lines of one world and as many steps, which are compared, differ in method or precision."""
+    groups = {}
+    for line in lines:
+        which = f"world {line['world']}, {' '.join(length(line['row'])) or 'the default number of steps'}"
+        groups.setdefault(which, {})[line["method"], line["precision"]] = line["commit"]
+    for which, found in groups.items():
+        if len(found) > 1:
+            listed = "; ".join(f"{method} in {precision} ({at})" for (method, precision), at in found.items())
+            raise UserError(f"{RESULTS} and the runs to come have more than one method or precision for {which}: "
+                            f"{listed}. Their scores are not comparable: keep the lines of one only, or move the file "
+                            "away")
 
 
 # ---------------------------------------------------------------- statistics
@@ -210,7 +234,7 @@ def full_of(row):
     changes it is full without them, at the same number of steps."""
     name, *more = row.split()
     if name == "full":
-        more = more[more.index("--steps"):][:2] if "--steps" in more else []
+        more = length(row)
     return " ".join(["full", *more])
 
 
@@ -226,18 +250,17 @@ def gains(lines, row, key):
 
 def report(lines):
     """-> Markdown"""
-    hours, commits = sum(line["seconds"] for line in lines) / 3600, sorted({line["commit"] for line in lines})
-    worlds = {}
+    origins = {}
     for line in lines:
-        worlds.setdefault(line["precision"], set()).add(line["world"])
+        origin = (line["commit"], line["method"], line["precision"], line.get("device", "CPU"))
+        origins.setdefault(origin, []).append(line["seconds"] / 3600)
     search, lines = [line for line in lines if line["world"] >= SEARCH], reported(lines)
     rows, kinds = rows_of(lines), list(world.unseen_kinds())
     first = {line["row"]: line for line in reversed(lines)}
-    precisions = " and ".join(f"{name} (worlds {', '.join(map(str, sorted(which)))})" for name, which in worlds.items())
     parts = [
-        f"{len(lines) + len(search)} runs, each of one thread, in {precisions}, {hours:.1f} hours together. Commit "
-        f"{', '.join(commits)}, method {(lines or search)[0]['method']}. Each with OMP_NUM_THREADS=1, --workers 0, "
-        "--device cpu.",
+        "Runs, each a process of one thread (OMP_NUM_THREADS=1, --workers 0), and their hours added up:",
+        markdown(("commit", "method", "precision", "device", "runs", "hours"), [
+            (*origin, len(hours), f"{sum(hours):.1f}") for origin, hours in origins.items()]),
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
         "mean of its seeds. The columns *new thing* and *new ground* are mean IoU of the unseen things and grounds. "
         "Worlds differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
@@ -264,13 +287,13 @@ def report(lines):
 
 
 def readme_table(lines):
-    """README_ROWS, as far as there are runs."""
+    """ROWS at the default number of steps, as far as there are runs."""
     lines, kinds = reported(lines), list(world.unseen_kinds())
     return markdown(("row", "worlds", *SCORES.values(), *(f"{kind}s" for kind in kinds), "full − row, hIoU"), [
-        (f"`{row.removesuffix(SHORT)}`: {what}", len(by_world(lines, row, "hIoU")),
+        (f"`{row}`: {what}", len(by_world(lines, row, "hIoU")),
          *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)),
          interval(gains(lines, row, "hIoU")) if row != full_of(row) else "")
-        for row, what in README_ROWS.items() if by_world(lines, row, "hIoU")])
+        for row, (what, _) in ROWS.items() if by_world(lines, row, "hIoU")])
 
 
 def reported(lines):
@@ -317,7 +340,7 @@ def main(args):
         have = {(line["row"], line["world"], line["seed"]) for line in lines}
         jobs = [(" ".join(row.split()), w, seed) for w in args.worlds for seed in args.seeds for row in args.rows]
         jobs = [job for job in jobs if job not in have]
-        comparable([*lines, *({"world": job[1], **now} for job in jobs)])
+        comparable([*lines, *({"row": job[0], "world": job[1], **now} for job in jobs)])
         jobs = [(*job, draw(job[1], split_row(job[0])[0]), args.precision) for job in jobs]
         print(f"{len(jobs)} runs to go, {len(have)} are in {RESULTS}", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -334,9 +357,8 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(README_ROWS), metavar="ROW",
-                        help=f"{', '.join(ROWS)}, or such a name with flags and changes, in quotes (default: those of "
-                        "README's table)")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW",
+                        help=f"{', '.join(ROWS)}, or such a name with flags and changes, in quotes (default: all five)")
     parser.add_argument("--worlds", nargs="+", type=int, default=list(range(8)), metavar="N", help="(default: 0 to 7)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of each run (default: 0)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all runs (default: fp32)")

@@ -28,7 +28,11 @@ def start(name=None):
         name = "cpu"
     device = torch.device(name)
     if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"process {local + 1} of this machine finds no GPU of its own, as there are {gpus}: start "
+                            f"torchrun with --nproc-per-node {gpus}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=TIMEOUT)

@@ -261,6 +261,14 @@ def test_errors_are_one_line(module, args, message, base, tmp_path, monkeypatch)
     assert status == 1 and re.fullmatch(rf"error: [^\n]*{message}[^\n]*", words), words
 
 
+def test_more_processes_than_gpus_are_told_how_many_there_are(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    status, _, words = run_inside(train, *base, "--out-dir", tmp_path, "--device", "cuda")
+    assert status == 1 and re.fullmatch("error: process 3 of this machine .* --nproc-per-node 2", words), words
+
+
 def test_errors_in_loader_processes_are_one_line_too(root, base, tmp_path):
     own = shutil.copytree(root / "toy", tmp_path / "own")
     Image.new("L", (64, 64), 99).save(own / "masks/train_00007.png")

@@ -16,7 +16,7 @@ import losses
 import model as models
 import train
 from experiments import benchmark, figures, study
-from support import UserError
+from support import UserError, checkpoint
 from toy import world
 
 # ---------------------------------------------------------------- study
@@ -81,12 +81,10 @@ def test_the_report_by_hand():
     assert "| full --steps 300 | 1 | +" not in text
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
     assert "| full | 8 | 1.0 | 2.0 | 3.0 |" in text and "| full --k-end 1 | 8, 9 | 5.0 ± 1.4 | 5.0 ± 0.0 |" in text
-    assert ("17 runs, each of one thread, in fp32 (worlds 0, 1, 2, 3, 8, 9), 8.5 hours together. Commit c1, method m1."
-            ) in text
-    table = study.readme_table(lines).splitlines()[2:]  # rows of 300 steps alone
-    assert table[0] == "| `full`: the default: CSH, SGD, SAM | 1 | 50.0 | 30.0 | 37.0 | 0.0 | 0.0 |  |"
-    assert [row.split(" | ")[-1] for row in table[1:]] == ["+1.0 |", "+24.0 |", "+3.0 |"]
-    assert table[3].startswith("| `linear --strict`: `linear` without them, against `full --strict` | 1 | 47.0 |")
+    assert "| c1 | m1 | fp32 | CPU | 17 | 8.5 |" in text
+    table = study.readme_table(lines).splitlines()[2:]  # ROWS alone, of the default number of steps
+    assert table[0].startswith("| `full`: the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | ")
+    assert [row.split(" | ")[-1] for row in table] == [" |", "**+9.3 [+7.9, +10.8]** |"]
 
 
 def test_t_table_holds_95_percent():
@@ -99,13 +97,14 @@ def test_t_table_holds_95_percent():
 
 
 def test_it_runs_what_is_missing_and_reports(places):
-    argv = ["--worlds", "0", "3", "--rows", "full --steps 300", "linear  seen=6 --strict", "--jobs", "1"]
+    argv = ["--worlds", "0", "3", "--rows", "full", "linear  seen=6 --strict", "--jobs", "1"]
     study.main(study.parse(argv))
-    assert len(places) == 4 and places[1][:3] == ["--head", "linear", "--strict"]
+    assert len(places) == 4 and places[1][:4] == ["train.py", "--head", "linear", "--strict"]
     kept = study.RESULTS.read_text()
     assert json.loads(kept.splitlines()[0]) | {"seconds": 0} == {
-        "row": "full --steps 300", "world": 0, "seed": 0, "precision": "fp32", "method": study.method_hash(),
-        "commit": study.commit(), "command": " ".join(["python train.py", *places[0]]), "seconds": 0,
+        "row": "full", "world": 0, "seed": 0, "precision": "fp32", "device": study.device_name(),
+        "method": study.method_hash(), "commit": study.commit(), "seconds": 0,
+        "command": " ".join(["python", *places[0]]),
         "scores": {"mIoU_seen": 41.0, "mIoU_unseen": 20.5, "hIoU": 10.25}, "IoU": dict.fromkeys(world.unseen(0), 41.0)}
     study.RESULTS.write_text("".join(kept.splitlines(True)[:-1]))  # the last run was interrupted
     study.REPORT.write_text("# Ours\n\nA verdict.\n\n" + study.REPORT.read_text().partition("\n\n")[2])
@@ -117,6 +116,26 @@ def test_it_runs_what_is_missing_and_reports(places):
     before, table, after = study.README.read_text().partition("| `full`: the default")
     assert before.startswith("before\n<!-- table: python … -->\n| row") and "old" not in before
     assert table and after.endswith(" |\n<!-- end -->\nafter\n")
+
+
+def test_a_frozen_body_is_that_of_the_other_run(places, tiny_clip_file, tmp_path):
+    argv = ["--worlds", "0", "--rows", "random frozen-body --frozen-blocks 2 --steps 9"]
+    with pytest.raises(UserError, match="first run --rows 'linear-seg --steps 9'"):
+        study.main(study.parse(argv))
+    flags = ["--clip", tiny_clip_file, "--data-root", study.DATA / "toy", "--batch-size", 4, "--crop", 32]
+    body = study.run_folder("linear-seg --steps 9", 0, 0)
+    run_inside(train, *flags, "--steps", 2, "--head", "linear", "--sgd-weight", 0, "--out-dir", body)
+    study.main(study.parse(argv))
+    command = places[0]
+    assert command[:2] == ["-m", "experiments.frozen_body"] and (study.ROOT / command[2]).samefile(body / "last.pt")
+    assert command[3:9] == ["--head", "random", "--frozen-blocks", "2", "--steps", "9"]
+    done = subprocess.run([sys.executable, *command[:3], *map(str, flags), "--steps", "3", "--out-dir",
+                           str(tmp_path / "run")], cwd=study.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = (checkpoint.read_checkpoint(out / "last.pt")["model"] for out in (body, tmp_path / "run"))
+    same = {name: torch.equal(x, before[name]) for name, x in after.items() if name in before}
+    assert all(ok for name, ok in same.items() if name.startswith("body."))
+    assert not any(ok for name, ok in same.items() if name.startswith("head.adapter."))
 
 
 def test_changes_of_the_data(places):
@@ -134,19 +153,21 @@ def test_changes_of_the_data(places):
 
 
 def test_it_refuses_to_mix(places, monkeypatch):
-    mixed = [(line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, method="m2", commit="c2")),
-             (line("full", 0, 0, 1, 1, 1), line("linear", 0, 0, 1, 1, 1, precision="bf16"))]
-    for lines, said in zip(mixed, (r"m1 \(c1\); m2 \(c2\)", r"m1 \(c1\)\), or of more than one precision")):
+    mixed = [(line("full", 0, 0, 1, 1, 1), line("linear", 0, 0, 1, 1, 1, method="m2", commit="c2")),
+             (line("full --steps 9", 0, 0, 1, 1, 1), line("all-k --steps 9", 0, 0, 1, 1, 1, precision="bf16"))]
+    for lines, said in zip(mixed, (r"world 0, the default number of steps: m1 in fp32 \(c1\); m2 in fp32 \(c2\)",
+                                   r"world 0, --steps 9: m1 in fp32 \(c1\); m1 in bf16 \(c1\)")):
         write(*lines)
         with pytest.raises(UserError, match=said):
             study.main(study.parse(["--report"]))
     write(line("full", 0, 0, 1, 1, 1))
-    with pytest.raises(UserError, match=rf"m1 \(c1\); {study.method_hash()} \(now\)"):
-        study.main(study.parse(["--worlds", "0"]))
+    with pytest.raises(UserError, match=rf"m1 in fp32 \(c1\); {study.method_hash()} in fp32 \(now\)"):
+        study.main(study.parse(["--worlds", "0", "--rows", "linear"]))
     write(line("full", 0, 0, 1, 1, 1, method=study.method_hash()))
-    with pytest.raises(UserError, match="more than one precision in a world"):
-        study.main(study.parse(["--worlds", "0", "--precision", "bf16"]))
-    study.comparable([line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, precision="bf16")])
+    with pytest.raises(UserError, match=r"in fp32 \(c1\); .* in bf16 \(now\)"):
+        study.main(study.parse(["--worlds", "0", "--rows", "linear", "--precision", "bf16"]))
+    study.comparable([line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, precision="bf16", method="m2"),
+                      line("full --steps 9", 0, 0, 1, 1, 1, method="m2")])  # never compared
     assert not places and not study.REPORT.exists()
     study.RESULTS.unlink()
     states = iter(("a", "a", "b"))

@@ -54,7 +54,7 @@ def with_gradient(values, z):
                                            ((15, 15, 15), (13, 11), 2000), ((2, 3, 4), (3, 23), 2**23)])
 def test_values_and_gradients_are_those_of_naive_loops(k, size, band, monkeypatch):
     """For SGD the padding is most similar of all, and it is left out. L_seg is the same, whatever is held at a time."""
-    monkeypatch.setattr(losses, "BAND", band)
+    monkeypatch.setattr(losses, "BAND", {"cpu": band})
     z, t, c, labels, _, inside, bank = world(size=size)
     z[0, :, :, 4] = c[0][:, None]
     z.requires_grad_()
@@ -93,7 +93,7 @@ def test_bank_keeps_the_newest(monkeypatch):
 
 def test_no_loss_looks_at_the_numbers(monkeypatch):
     """Tensors without numbers (device meta) pass through every loss and back: a GPU is not waited for."""
-    monkeypatch.setattr(losses, "BAND", 300)
+    monkeypatch.setattr(losses, "BAND", {"cpu": 300})
     z, *given = [x.to("meta") for x in world()]
     sum(every(z.requires_grad_(), *given).values()).backward()
     losses.push(given[-1], given[1])
