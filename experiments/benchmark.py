@@ -34,6 +34,7 @@ import data
 import losses
 import model as models
 import train
+from experiments.dense_clip import DenseCLIP
 from experiments.study import ROOT, commit
 from sources import DataSource, Recipe
 from support import checkpoint, processes
@@ -45,21 +46,6 @@ PARTS = ("data", "teacher", "body", "head", "losses", "backward", "optimiser")
 
 
 # ---------------------------------------------------------------- peers, rebuilt from their published graphs
-
-
-class DenseCLIP(nn.Module):
-    """The minimum that an adaptation of CLIP runs at test (MaskCLIP, arXiv 2112.01071): the whole image tower."""
-
-    def __init__(self, clip_model):
-        super().__init__()
-        self.visual, self.tau = clip_model.visual, 1 / clip_model.logit_scale.exp().item()
-        self.mean = clip_model.visual.mean  # ChimeraSeg.label looks there for the device
-
-    def logits(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, K, H / 16, W / 16)"""
-        h, w = (side // self.visual.patch_size for side in images.shape[2:])
-        z = F.normalize(self.visual(images)[:, 1:].float(), dim=-1)  # (B, N, D)
-        return losses.pixel_text_logits(z.transpose(1, 2).unflatten(2, (h, w)), self.t, self.tau)
 
 
 class ZegCLIP(DenseCLIP):

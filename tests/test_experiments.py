@@ -1,6 +1,7 @@
 """The study's statistics, its refusals and its report; the benchmark's counts against published and hand-made ones."""
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import data
 import losses
 import model as models
 import train
-from experiments import benchmark, figures, study
+from experiments import benchmark, dense_clip, figures, study
 from support import UserError, checkpoint
 from toy import world
 
@@ -311,3 +312,25 @@ def test_label_of_a_peer_is_that_of_a_segmenter(tiny_clip):
     net = benchmark.build("dense-clip", tiny_clip, 3)
     logits = torch.nn.functional.interpolate(net.logits(picture[None] / 255), (64, 64), mode="bilinear")
     assert torch.equal(models.ChimeraSeg.label(net, picture, 64, 64, 64)[0], logits[0].argmax(0).byte())
+
+
+# ---------------------------------------------------------------- CLIP alone
+
+
+def test_values_are_what_attention_gives_to_a_single_token(tiny_clip):
+    """Attention over one token is its value: so each patch passes through the last block's attention alone."""
+    visual, images = tiny_clip.visual, torch.rand(2, 3, 64, 64)
+    x = visual.embed(images)
+    for block in visual.transformer.resblocks[:-1]:
+        x = block(x)
+    last = visual.transformer.resblocks[-1]
+    alone = last.ln_1(x[:, 1:]).flatten(0, 1)[:, None]  # (B · N, 1, W)
+    want = (visual.ln_post(last.attn(alone)) @ visual.proj).view(2, 64, -1)
+    got = dense_clip.DenseCLIP(tiny_clip, values=True)(images)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_clip_alone_is_scored_as_a_run_is(places, tiny_clip_file):
+    study.draw(0, {})
+    status, text, words = run_inside(dense_clip, "--data-root", study.DATA / "toy", "--clip", tiny_clip_file)
+    assert status == 0 and re.search(r"mIoU unseen +[\d.]+\nhIoU.*\n.*4 test images\na different task", text), words
