@@ -77,8 +77,9 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     model.eval()
     for image, truth, name in loader:
         maps = model.label(image, recipe.short_side, recipe.window, recipe.stride, lowered, precision=precision)
+        truth = truth.to(device)
         for matrix, labels in zip(matrices, maps):  # maps (G, H, W)
-            matrix += confusion(truth.to(device), labels, K)
+            matrix += confusion(truth, labels, K)
         if predictions:
             pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
     if processes.world_size() > 1:

@@ -44,6 +44,7 @@ class SmallBody(nn.Module):
         """(B, 3, H, W) -> (B, 128, ⌈H/4⌉, ⌈W/4⌉)"""
         fine = self.fine(x)
         middle = self.middle(fine)
-        stages = [s.contiguous(memory_format=torch.channels_last) for s in (middle, self.coarse(middle))]
+        stages = [s.contiguous(memory_format=torch.channels_last)  # on GPUs small grids are slow to upsample otherwise
+                  for s in (middle, self.coarse(middle))]
         stages = [F.interpolate(s, fine.shape[-2:], mode="bilinear", align_corners=False) for s in stages]
         return self.fuse(torch.cat([fine, *stages], dim=1))

@@ -174,26 +174,30 @@ def step(model, teacher, optimizer, batch, bank, args, device, mark=lambda part:
 def training(body, teacher, source, args, device):
     """-> {"images_per_s", "peak_mb", "parts": {part: share of the time}}.
 
-    After two steps, `repeats` steps are timed part by part; each part waits for the device, so these steps are slower.
-    Then `repeats` steps run as they do in train.py, and give images_per_s."""
-    timed = 2 + args.repeats
-    flags = train.parse(["--precision", args.precision, "--steps", str(timed + args.repeats)])
+    First steps that use up what the loader made in advance. Then `repeats` steps run as they do in train.py, and give
+    images_per_s. Then `repeats` steps are timed part by part; each part waits for the device, so these are slower."""
+    first = 2 + 2 * args.workers
+    marked = first + args.repeats
+    flags = train.parse(["--precision", args.precision, "--steps", str(marked + args.repeats)])
     model = build(body, teacher, args.classes).train()
     optimizer = torch.optim.AdamW(train.parameter_groups(model), lr=source.recipe.lr, weight_decay=0, fused=True)
     dataset = data.TrainSet(source, source.recipe, teacher.visual.input_size)
     order = data.Steps(len(source.train), args.batch_size, 0, flags.steps)
-    bank, clock = torch.empty(0, teacher.visual.output_dim, device=device), [now(device)]
+    bank, clock = torch.empty(0, teacher.visual.output_dim, device=device), []
     mark = lambda _: clock.append(now(device))  # noqa: E731
     with Memory(device, model, teacher.visual) as peak:
         for i, batch in enumerate(data.train_loader(dataset, order, args.workers, device)):
-            if i < timed:
+            if i < marked:
+                bank = step(model, teacher, optimizer, batch, bank, flags, device)
+            else:
                 mark("data")
                 bank = step(model, teacher, optimizer, batch, bank, flags, device, mark)
-            else:
-                bank = step(model, teacher, optimizer, batch, bank, flags, device)
-        seconds = now(device) - clock[-1]
-    parts = torch.tensor(clock, dtype=torch.float64).diff().view(-1, len(PARTS))[2:].mean(0)
-    return {"images_per_s": args.batch_size * args.repeats / seconds, "peak_mb": peak.mb,
+            if i + 1 == first:
+                start = now(device)
+            elif i + 1 == marked:
+                mark("free")
+    parts = torch.tensor(clock, dtype=torch.float64).diff().view(-1, len(PARTS)).mean(0)
+    return {"images_per_s": args.batch_size * args.repeats / (clock[0] - start), "peak_mb": peak.mb,
             "parts": dict(zip(PARTS, (parts / parts.sum()).tolist()))}
 
 

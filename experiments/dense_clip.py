@@ -1,7 +1,7 @@
 """CLIP alone, without any training: its own patch tokens against text, as segmentation (arXiv 2112.01071, MaskCLIP).
 
     python -m experiments.dense_clip                                         # the toy data set and its CLIP
-    python -m experiments.dense_clip --values                                # MaskCLIP's way through the last block
+    python -m experiments.dense_clip --values                                # MaskCLIP: no attention in the last block
     python -m experiments.dense_clip --dataset voc --clip ViT-B/16 --values
 
 Says what CLIP's last block, which CSH borrows, knows of single positions. Sizes, windows and scores are evaluate.py's.
@@ -21,8 +21,7 @@ from support.command import run_command
 
 
 class DenseCLIP(nn.Module):
-    """The whole image tower. values: in the last block each patch token becomes its own value alone, without attention,
-    residual connections and MLP."""
+    """The whole image tower. values: in the last block each patch token gets its own value instead of attention."""
 
     label = ChimeraSeg.label
 
@@ -37,12 +36,13 @@ class DenseCLIP(nn.Module):
         if not self.values:
             return visual(images)[:, 1:]
         *blocks, last = visual.transformer.resblocks
-        x = visual.embed(images)  # (B, 1 + N, W)
+        x = visual.embed(images)
         for block in blocks:
             x = block(x)
-        attention, W = last.attn, x.shape[-1]
-        x = F.linear(last.ln_1(x[:, 1:]), attention.in_proj_weight[2 * W:], attention.in_proj_bias[2 * W:])
-        return visual.ln_post(attention.out_proj(x)) @ visual.proj
+        x, attention, W = x[:, 1:], last.attn, x.shape[-1]  # (B, N, W)
+        values = F.linear(last.ln_1(x), attention.in_proj_weight[2 * W:], attention.in_proj_bias[2 * W:])
+        x = x + attention.out_proj(values)
+        return visual.ln_post(x + last.mlp(last.ln_2(x))) @ visual.proj
 
     def logits(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, K, H / patch, W / patch): cosine / τ"""
@@ -69,7 +69,7 @@ def parse(argv=None):
     group("--dataset", default="toy", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: toy)")
     group("--data-root", metavar="FOLDER", help="its folder (default: data/NAME)")
     group("--clip", metavar="NAME|FILE", help="(default: the data set's)")
-    group("--values", action="store_true", help="the last block's values alone")
+    group("--values", action="store_true", help="no attention in the last block, each token's value in its place")
     return parser.parse_args(argv)
 
 

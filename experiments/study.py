@@ -8,12 +8,12 @@
     python -m experiments.study --report      # docs/results.md and .png and README's table, from what is there
 
 A row is a name of ROWS. It may be followed by flags of train.py and changes of the data: images=N keeps the first N
-training images, seen=N keeps N seen classes and makes all others unseen. `frozen-body`: the body is that of the
-finished row linear-seg of as many steps, and learns no more. Each world has other scenes and other unseen classes;
+training images, seen=N keeps N seen classes and makes all others unseen. `frozen-body`: the body is that of the row
+linear-seg with the same data and steps, and learns no more. Each world has other scenes and other unseen classes;
 world N is in data/toy-N (0 in data/toy) and is drawn if it is missing.
 Each run is a process of one thread, on the GPU if there is one; two run at a time. A finished run is a line of
 experiments/results/study.jsonl, so the study goes on where it was interrupted. Rows of one world and as many steps are
-compared, so they must have the same METHOD files (ignoring comments) and precision; the study refuses others.
+compared, so they must have the same METHOD files (ignoring comments), precision and device; the study refuses others.
 """
 import argparse
 import ast
@@ -93,11 +93,20 @@ def length(row):
 
 def split_row(row):
     """"linear images=250 --lr 1e-3" -> {"images": 250}, all its flags for train.py"""
-    name, *more = (word for word in row.split() if word != "frozen-body")
+    name, *more = row.split()
     if name not in ROWS:
         raise UserError(f"no row {name!r}: choose {', '.join(ROWS)}")
+    more = [word for word in more if word != "frozen-body"]
     changes = [re.fullmatch(r"(images|seen)=(\d+)", word) for word in more]
     return {c[1]: int(c[2]) for c in changes if c}, ROWS[name][1] + [word for word, c in zip(more, changes) if not c]
+
+
+def body_of(row):
+    """The row whose body a frozen-body row takes, else None: L_seg alone, on the same images and seen classes."""
+    words = row.split()
+    if "frozen-body" in words:
+        data = [word for word in words if word == "--strict" or re.match("(images|seen)=", word)]
+        return " ".join(["linear-seg", *data, *length(row)])
 
 
 def draw(seed, changes):
@@ -154,12 +163,10 @@ def run(row, seed_of_world, seed, folder, precision):
     """One run, whose line is written into RESULTS."""
     start, method = time.time(), method_hash()
     flags, script = split_row(row)[1], ["train.py"]
-    if "frozen-body" in row.split():
-        trained = " ".join(["linear-seg", *length(row)])
+    if trained := body_of(row):
         body = run_folder(trained, seed_of_world, seed) / "last.pt"
-        if not body.exists():
-            raise UserError(f"{row} needs the body of a finished run, which is not in {body}: first run --rows "
-                            f"'{trained}'")
+        if (trained, seed_of_world, seed) not in map(key_of, finished()) or not body.exists():
+            raise UserError(f"{row} needs the body of a finished run in {body.parent}: first run --rows '{trained}'")
         script = ["-m", "experiments.frozen_body", os.path.relpath(body, ROOT)]
     command = [*script, *flags, "--data-root", os.path.relpath(folder, ROOT), "--seed", str(seed),
                "--precision", precision]
@@ -183,18 +190,23 @@ def finished():
     return lines
 
 
+def key_of(line):
+    return line["row"], line["world"], line["seed"]
+
+
 def comparable(lines):
-    """Raises UserError if lines of one world and as many steps, which are compared, differ in method or precision."""
+    """Raises UserError unless lines of one world and as many steps, which are compared, are of one method, precision
+    and device."""
     groups = {}
     for line in lines:
         which = f"world {line['world']}, {' '.join(length(line['row'])) or 'the default number of steps'}"
-        groups.setdefault(which, {})[line["method"], line["precision"]] = line["commit"]
+        groups.setdefault(which, {})[line["method"], line["precision"], line.get("device", "CPU")] = line["commit"]
     for which, found in groups.items():
         if len(found) > 1:
-            listed = "; ".join(f"{method} in {precision} ({at})" for (method, precision), at in found.items())
-            raise UserError(f"{RESULTS} and the runs to come have more than one method or precision for {which}: "
-                            f"{listed}. Their scores are not comparable: keep the lines of one only, or move the file "
-                            "away")
+            listed = "; ".join(f"{' '.join(kind)} ({at})" for kind, at in found.items())
+            raise UserError(f"{RESULTS} and the runs to come have more than one method, precision or device for "
+                            f"{which}: {listed}. Their scores are not comparable: keep the lines of one only, or move "
+                            "the file away")
 
 
 # ---------------------------------------------------------------- statistics
@@ -252,15 +264,17 @@ def report(lines):
     """-> Markdown"""
     origins = {}
     for line in lines:
-        origin = (line["commit"], line["method"], line["precision"], line.get("device", "CPU"))
-        origins.setdefault(origin, []).append(line["seconds"] / 3600)
+        origin = (line["commit"], line["method"], line["precision"], line.get("device", "CPU"),
+                  (length(line["row"]) or ["default"])[-1])
+        origins.setdefault(origin, []).append(line)
     search, lines = [line for line in lines if line["world"] >= SEARCH], reported(lines)
     rows, kinds = rows_of(lines), list(world.unseen_kinds())
     first = {line["row"]: line for line in reversed(lines)}
     parts = [
         "Runs, each a process of one thread (OMP_NUM_THREADS=1, --workers 0), and their hours added up:",
-        markdown(("commit", "method", "precision", "device", "runs", "hours"), [
-            (*origin, len(hours), f"{sum(hours):.1f}") for origin, hours in origins.items()]),
+        markdown(("commit", "method", "precision", "device", "steps", "worlds", "runs", "hours"), [
+            (*origin, " ".join(map(str, sorted({line["world"] for line in its}))), len(its),
+             f"{sum(line['seconds'] for line in its) / 3600:.1f}") for origin, its in origins.items()]),
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
         "mean of its seeds. The columns *new thing* and *new ground* are mean IoU of the unseen things and grounds. "
         "Worlds differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
@@ -336,15 +350,16 @@ def plot(lines):
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
     if not args.report:
-        lines, now = finished(), {"method": method_hash(), "commit": "now", "precision": args.precision}
-        have = {(line["row"], line["world"], line["seed"]) for line in lines}
+        lines, have = finished(), set(map(key_of, finished()))
+        now = {"method": method_hash(), "commit": "now", "precision": args.precision, "device": device_name()}
         jobs = [(" ".join(row.split()), w, seed) for w in args.worlds for seed in args.seeds for row in args.rows]
         jobs = [job for job in jobs if job not in have]
         comparable([*lines, *({"row": job[0], "world": job[1], **now} for job in jobs)])
         jobs = [(*job, draw(job[1], split_row(job[0])[0]), args.precision) for job in jobs]
         print(f"{len(jobs)} runs to go, {len(have)} are in {RESULTS}", flush=True)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(run, *zip(*jobs)))
+        for ready in ([job for job in jobs if not body_of(job[0])], [job for job in jobs if body_of(job[0])]):
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(run, *zip(*ready)))
     if lines := finished():
         kept = REPORT.read_text().split(MARK)[0] if REPORT.exists() else "# Results\n\n"
         atomic(REPORT, lambda path: path.write_text(f"{kept}{MARK}\n\n{report(lines)}"))

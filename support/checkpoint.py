@@ -115,7 +115,7 @@ def read(path):
     except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
         with open(path, "rb") as file:
             what = "is truncated or damaged, or no checkpoint" if file.read(2) == b"PK" else "is no checkpoint"
-        reason = first_line(str(error).replace(str(path), "it"))  # a long path would push the rest out
+        reason = first_line(str(error).replace(f"{path} ", "it "))  # a long path would push the rest out
         raise CheckpointError(f"{path} {what} of train.py ({type(error).__name__}: {reason})") from None
     raise CheckpointError(f"{path} was written by an older version of this code (or is no checkpoint of train.py): "
                           "train anew, or use that version")

@@ -40,6 +40,8 @@ def run_command(main, parse):
         message = str(error).strip()
         if "Traceback" in message:  # from a loader process: the message itself is the last line
             message = message.split("\n")[-1].split("Error: ", 1)[-1]
+    except torch.cuda.OutOfMemoryError as error:
+        message = f"{first_line(error, 1000)} Try a smaller --batch-size, --crop or --body"
     except RuntimeError as error:
         message = first_line(error, 1000)
         if message.startswith("DataLoader worker"):

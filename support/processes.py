@@ -30,8 +30,9 @@ def start(name=None):
     if name == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(f"process {local + 1} of this machine finds no GPU of its own, as there are {gpus}: start "
-                            f"torchrun with --nproc-per-node {gpus}")
+            raise UserError(f"process {local + 1} of this machine has no GPU of its own, as PyTorch sees {gpus} there: "
+                            f"start torchrun with --nproc-per-node {gpus}, or let each process see all GPUs "
+                            "(CUDA_VISIBLE_DEVICES)")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -266,7 +266,17 @@ def test_more_processes_than_gpus_are_told_how_many_there_are(base, tmp_path, mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     status, _, words = run_inside(train, *base, "--out-dir", tmp_path, "--device", "cuda")
-    assert status == 1 and re.fullmatch("error: process 3 of this machine .* --nproc-per-node 2", words), words
+    assert status == 1 and re.fullmatch("error: process 3 of .* sees 2 .* --nproc-per-node 2, .*", words), words
+
+
+def test_a_full_gpu_is_one_line(base, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee …")
+
+    monkeypatch.setattr(losses, "cross_entropy_loss", full)
+    status, _, words = run_inside(train, *base, "--out-dir", tmp_path)
+    assert (status, words) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB. Try a smaller --batch-size, "
+                                  "--crop or --body")
 
 
 def test_errors_in_loader_processes_are_one_line_too(root, base, tmp_path):

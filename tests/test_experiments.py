@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_inside
@@ -82,7 +83,8 @@ def test_the_report_by_hand():
     assert "| full --steps 300 | 1 | +" not in text
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
     assert "| full | 8 | 1.0 | 2.0 | 3.0 |" in text and "| full --k-end 1 | 8, 9 | 5.0 ± 1.4 | 5.0 ± 0.0 |" in text
-    assert "| c1 | m1 | fp32 | CPU | 17 | 8.5 |" in text
+    assert "| c1 | m1 | fp32 | CPU | default | 0 1 2 3 8 9 | 13 | 6.5 |" in text
+    assert "| c1 | m1 | fp32 | CPU | 300 | 0 | 4 | 2.0 |" in text
     table = study.readme_table(lines).splitlines()[2:]  # ROWS alone, of the default number of steps
     assert table[0].startswith("| `full`: the default: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | ")
     assert [row.split(" | ")[-1] for row in table] == [" |", "**+9.3 [+7.9, +10.8]** |"]
@@ -119,24 +121,44 @@ def test_it_runs_what_is_missing_and_reports(places):
     assert table and after.endswith(" |\n<!-- end -->\nafter\n")
 
 
-def test_a_frozen_body_is_that_of_the_other_run(places, tiny_clip_file, tmp_path):
-    argv = ["--worlds", "0", "--rows", "random frozen-body --frozen-blocks 2 --steps 9"]
-    with pytest.raises(UserError, match="first run --rows 'linear-seg --steps 9'"):
-        study.main(study.parse(argv))
-    flags = ["--clip", tiny_clip_file, "--data-root", study.DATA / "toy", "--batch-size", 4, "--crop", 32]
-    body = study.run_folder("linear-seg --steps 9", 0, 0)
-    run_inside(train, *flags, "--steps", 2, "--head", "linear", "--sgd-weight", 0, "--out-dir", body)
-    study.main(study.parse(argv))
-    command = places[0]
-    assert command[:2] == ["-m", "experiments.frozen_body"] and (study.ROOT / command[2]).samefile(body / "last.pt")
-    assert command[3:9] == ["--head", "random", "--frozen-blocks", "2", "--steps", "9"]
-    done = subprocess.run([sys.executable, *command[:3], *map(str, flags), "--steps", "3", "--out-dir",
-                           str(tmp_path / "run")], cwd=study.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, after = (checkpoint.read_checkpoint(out / "last.pt")["model"] for out in (body, tmp_path / "run"))
-    same = {name: torch.equal(x, before[name]) for name, x in after.items() if name in before}
-    assert all(ok for name, ok in same.items() if name.startswith("body."))
-    assert not any(ok for name, ok in same.items() if name.startswith("head.adapter."))
+def test_the_body_of_another_row():
+    assert study.body_of("full --steps 9") is None
+    assert study.body_of("random seen=4 --frozen-blocks 2 frozen-body --strict --steps 9 --lr 1") == (
+        "linear-seg seen=4 --strict --steps 9")
+
+
+def test_a_frozen_body_needs_a_finished_run_and_comes_after_it(places):
+    argv = ["--worlds", "0", "--rows", "random frozen-body --steps 9"]
+    for folder in (study.RUNS / "nothing", study.run_folder("linear-seg --steps 9", 0, 0)):
+        folder.mkdir(parents=True)
+        (folder / "last.pt").touch()  # of an unfinished run
+        with pytest.raises(UserError, match="needs the body of a finished run .*: first run --rows 'linear-seg --ste"):
+            study.main(study.parse(argv))
+    study.main(study.parse([*argv, "linear-seg --steps 9"]))
+    assert places[0][1:3] == ["--head", "linear"] and places[1][1] == "experiments.frozen_body"
+    assert (study.ROOT / places[1][2]).samefile(folder / "last.pt")
+    assert places[1][3:7] == ["--head", "random", "--steps", "9"]
+
+
+def test_a_frozen_body_stays_as_it_was(places, tiny_clip_file, tmp_path):
+    """Batch norm's statistics too; the adapter moves."""
+    flags = ["--clip", tiny_clip_file, "--data-root", study.draw(0, {}), "--batch-size", 4, "--crop", 32, "--body",
+             "mobilenet-v2", "--body-weights", "none", "--device", "cpu", "--workers", 0, "--sgd-weight", 0]
+
+    def trained(out, steps, *front):
+        done = subprocess.run([sys.executable, *map(str, (*front, *flags, "--steps", steps, "--out-dir", out))],
+                              cwd=study.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return checkpoint.read_checkpoint(out / "last.pt")["model"]
+
+    body = trained(tmp_path / "body", 2, "train.py")
+    runs = [trained(tmp_path / str(steps), steps, "-m", "experiments.frozen_body", tmp_path / "body/last.pt",
+                    "--head", "random") for steps in (1, 3)]
+    for name, x in runs[1].items():
+        if name.startswith("body."):
+            assert torch.equal(x, body[name]), name
+        elif name.startswith("head.adapter."):
+            assert not torch.equal(x, runs[0][name]), name
 
 
 def test_changes_of_the_data(places):
@@ -156,16 +178,16 @@ def test_changes_of_the_data(places):
 def test_it_refuses_to_mix(places, monkeypatch):
     mixed = [(line("full", 0, 0, 1, 1, 1), line("linear", 0, 0, 1, 1, 1, method="m2", commit="c2")),
              (line("full --steps 9", 0, 0, 1, 1, 1), line("all-k --steps 9", 0, 0, 1, 1, 1, precision="bf16"))]
-    for lines, said in zip(mixed, (r"world 0, the default number of steps: m1 in fp32 \(c1\); m2 in fp32 \(c2\)",
-                                   r"world 0, --steps 9: m1 in fp32 \(c1\); m1 in bf16 \(c1\)")):
+    for lines, said in zip(mixed, (r"world 0, the default number of steps: m1 fp32 CPU \(c1\); m2 fp32 CPU \(c2\)",
+                                   r"world 0, --steps 9: m1 fp32 CPU \(c1\); m1 bf16 CPU \(c1\)")):
         write(*lines)
         with pytest.raises(UserError, match=said):
             study.main(study.parse(["--report"]))
     write(line("full", 0, 0, 1, 1, 1))
-    with pytest.raises(UserError, match=rf"m1 in fp32 \(c1\); {study.method_hash()} in fp32 \(now\)"):
+    with pytest.raises(UserError, match=rf"m1 fp32 CPU \(c1\); {study.method_hash()} fp32 .* \(now\)"):
         study.main(study.parse(["--worlds", "0", "--rows", "linear"]))
     write(line("full", 0, 0, 1, 1, 1, method=study.method_hash()))
-    with pytest.raises(UserError, match=r"in fp32 \(c1\); .* in bf16 \(now\)"):
+    with pytest.raises(UserError, match=r"fp32 CPU \(c1\); .* bf16 .* \(now\)"):
         study.main(study.parse(["--worlds", "0", "--rows", "linear", "--precision", "bf16"]))
     study.comparable([line("full", 0, 0, 1, 1, 1), line("full", 1, 0, 1, 1, 1, precision="bf16", method="m2"),
                       line("full --steps 9", 0, 0, 1, 1, 1, method="m2")])  # never compared
@@ -318,19 +340,30 @@ def test_label_of_a_peer_is_that_of_a_segmenter(tiny_clip):
 
 
 def test_values_are_what_attention_gives_to_a_single_token(tiny_clip):
-    """Attention over one token is its value: so each patch passes through the last block's attention alone."""
+    """Attention over one token is its value: so each patch passes through the last block alone."""
     visual, images = tiny_clip.visual, torch.rand(2, 3, 64, 64)
     x = visual.embed(images)
     for block in visual.transformer.resblocks[:-1]:
         x = block(x)
     last = visual.transformer.resblocks[-1]
-    alone = last.ln_1(x[:, 1:]).flatten(0, 1)[:, None]  # (B · N, 1, W)
-    want = (visual.ln_post(last.attn(alone)) @ visual.proj).view(2, 64, -1)
+    alone = x[:, 1:].flatten(0, 1)[:, None]  # (B · N, 1, W)
+    want = (visual.ln_post(last(alone)) @ visual.proj).view(2, 64, -1)
     got = dense_clip.DenseCLIP(tiny_clip, values=True)(images)
     assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_clip_alone_is_scored_as_a_run_is(places, tiny_clip_file):
-    study.draw(0, {})
-    status, text, words = run_inside(dense_clip, "--data-root", study.DATA / "toy", "--clip", tiny_clip_file)
-    assert status == 0 and re.search(r"mIoU unseen +[\d.]+\nhIoU.*\n.*4 test images\na different task", text), words
+    """By hand: each window of 64 as it is, logits enlarged, argmax, one confusion matrix."""
+    root, net = study.draw(0, {}), dense_clip.DenseCLIP(clip.load(tiny_clip_file), values=True)
+    net.t, hit, union = models.text_embeddings(clip.load(tiny_clip_file), world.CLASSES, world.TEMPLATES), 0, 0
+    for name in (root / "val.txt").read_text().split():
+        image, truth = (torch.from_numpy(np.array(Image.open(root / part / f"{name}.png"))) for part in
+                        ("images", "masks"))
+        logits = net.logits(image.permute(2, 0, 1)[None] / 255)
+        labels = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")[0].argmax(0)
+        labels, truth = (torch.nn.functional.one_hot(x[truth != losses.IGNORE].long(), 28) for x in (labels, truth))
+        hit, union = hit + (labels & truth).sum(0), union + (labels | truth).sum(0)
+    iou = {name: 100 * (h / u).item() for name, h, u in zip(world.CLASSES, hit, union) if u}
+    unseen = statistics.mean(iou[name] for name in world.unseen(0) if name in iou)
+    status, text, words = run_inside(dense_clip, "--data-root", root, "--clip", tiny_clip_file, "--values")
+    assert status == 0 and re.search(rf"mIoU unseen +{unseen:.1f}\n", text), words + text

@@ -1,4 +1,6 @@
 """losses.py against naive loops in float64. (Several processes: test_commands.py.)"""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,13 @@ def test_values_and_gradients_are_those_of_naive_loops(k, size, band, monkeypatc
         assert torch.allclose(ours[name][1], grad, rtol=1e-5, atol=1e-8), name
     height = max(rows.stop - rows.start for rows in losses.bands(losses.pixel_text_logits(z, t, 1), size))
     assert height == 1 or height * 3 * 4 * size[1] <= band
+
+
+def test_a_gpu_gets_few_bands_and_not_too_much_memory():
+    logits = SimpleNamespace(shape=(16, 171, 32, 32), device=torch.device("cuda"))  # COCO-Stuff, batch size 16
+    bands = losses.bands(logits, (512, 512))
+    assert len(bands) < 20 and max(16 * 171 * 512 * (rows.stop - rows.start) * 4 for rows in bands) <= 300e6  # bytes
+    assert [y for rows in bands for y in range(rows.start, rows.stop)] == list(range(512))
 
 
 def test_without_a_label_there_is_no_loss_and_no_gradient():
