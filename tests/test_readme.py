@@ -1,5 +1,6 @@
 """What README.md and docs/ say exists: files, flags, functions, commands, and the example of a body of your own."""
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -51,6 +52,19 @@ def test_flags_and_names_in_the_text_exist(page):
         module = path.with_suffix(".py").exists() or path.is_dir() and home
         if module and re.fullmatch(r"[\w.]+", text) and name not in ("py", "txt", "png"):
             assert hasattr(importlib.import_module(home), name), text
+
+
+def test_speeds_in_the_readme_are_those_that_were_measured():
+    wide, many = (json.loads((ROOT / "experiments/results" / f"{name}.json").read_text())
+                  for name in ("benchmark", "benchmark-171"))
+    text = TEXT[ROOT / "README.md"]
+    assert {found["commit"] for found in (wide, many)} == {re.search(r"workers 8`, commit (\w+), one H200", text)[1]}
+    for name, found in wide["train"].items():
+        assert (f"| `{name}` | {found['images_per_s']:.0f} | {20000 * 16 / found['images_per_s'] / 60:.0f} min | "
+                f"{found['peak_mb'] / 1000:.1f} GB | {wide['test'][name]['images_per_s']:.0f} |") in text
+    speed = many["train"]["resnet50"]["images_per_s"]
+    hours = 80000 * 16 / speed / 3600
+    assert f"171 classes: {speed:.0f} images/s, so COCO-Stuff's 80,000 steps take {hours:.1f} hours" in text
 
 
 def test_nothing_is_left_to_fill_in():
