@@ -2,7 +2,7 @@
 
 A body is any nn.Module from ImageNet-normalised images (B, 3, H, W) to (B, C, h, w) with `out_channels` = C. To add a
 name: its module in a file here, its name in BODIES, and two lines in `build_body` below those of `small`. Or give the
-module itself to model.build.
+module itself to model.build. `channels_last` makes most convolutions faster.
 
     small          for the toy data set, from random weights, stride 4
     segnext-t … l  SegNeXt, the nearest to the authors' earlier papers, stride 16
