@@ -1,4 +1,4 @@
-"""train.py with the body of another run, frozen: only the adapter learns, and in a control the linear layer.
+"""train.py with the body of another run, frozen: the adapter learns, and with --head linear the linear layer too.
 
     python -m experiments.frozen_body runs/other/last.pt [flags of train.py]
 """

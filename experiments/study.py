@@ -7,13 +7,15 @@
     python -m experiments.study --worlds 0 1 --rows "full images=250" "linear images=250"       # a hypothesis
     python -m experiments.study --report      # docs/results.md and .png and README's table, from what is there
 
+To run rows of your own, first move experiments/results/study.jsonl away: its lines are of older commits and one GPU.
+
 A row is a name of ROWS. It may be followed by flags of train.py and changes of the data: images=N keeps the first N
 training images, seen=N keeps N seen classes and makes all others unseen. `frozen-body`: the body is that of the row
 linear-seg with the same data and steps, and learns no more. Each world has other scenes and other unseen classes;
 world N is in data/toy-N (0 in data/toy) and is drawn if it is missing.
 Each run is a process of one thread, on the GPU if there is one; two run at a time. A finished run is a line of
-experiments/results/study.jsonl, so the study goes on where it was interrupted. Rows of one world and as many steps are
-compared, so they must have the same METHOD files (ignoring comments), precision and device; the study refuses others.
+experiments/results/study.jsonl, so the study goes on where it was interrupted. Rows with the same world and number of
+steps are compared. They must have the same METHOD files (ignoring comments), precision and device: others are refused.
 """
 import argparse
 import ast

@@ -43,8 +43,10 @@ def test_commands_are_understood():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_names_in_the_text_exist(page):
-    sources = [path for path in ROOT.glob("*.py")] + [ROOT / "sources/check.py", *ROOT.glob("experiments/*.py")]
+    sources = [ROOT / "sources/check.py", *(path for folder in (".", "experiments", "toy")
+                                            for path in (ROOT / folder).glob("*.py"))]
     flags = {flag for path in sources for flag in re.findall(r'\("(--[a-z-]+)"', path.read_text())}
+    flags.add("--nproc-per-node")  # torchrun's
     for text in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)):
         assert set(re.findall(r"(?<!\S)--[a-z-]+", text)) <= flags, text
         home, _, name = text.rpartition(".")
