@@ -184,18 +184,19 @@ def training(body, teacher, source, args, device):
     dataset = data.TrainSet(source, source.recipe, teacher.visual.input_size)
     order = data.Steps(len(source.train), args.batch_size, 0, flags.steps)
     bank, clock = torch.empty(0, teacher.visual.output_dim, device=device), []
-    mark = lambda _: clock.append(now(device))  # noqa: E731
+
+    def mark(_):
+        if i >= marked:
+            clock.append(now(device))
+
     with Memory(device, model, teacher.visual) as peak:
         for i, batch in enumerate(data.train_loader(dataset, order, args.workers, device)):
-            if i < marked:
-                bank = step(model, teacher, optimizer, batch, bank, flags, device)
-            else:
-                mark("data")
-                bank = step(model, teacher, optimizer, batch, bank, flags, device, mark)
+            mark("data")
+            bank = step(model, teacher, optimizer, batch, bank, flags, device, mark)
             if i + 1 == first:
                 start = now(device)
             elif i + 1 == marked:
-                mark("free")
+                clock.append(now(device))
     parts = torch.tensor(clock, dtype=torch.float64).diff().view(-1, len(PARTS)).mean(0)
     return {"images_per_s": args.batch_size * args.repeats / (clock[0] - start), "peak_mb": peak.mb,
             "parts": dict(zip(PARTS, (parts / parts.sum()).tolist()))}
@@ -212,8 +213,7 @@ def testing(nets, recipe, args, device):
         for name, net in nets.items():
             with Memory(device, net) as peak:
                 start = now(device)
-                models.ChimeraSeg.label(net, image, recipe.short_side, recipe.window, recipe.stride,
-                                        precision=args.precision)
+                net.label(image, recipe.short_side, recipe.window, recipe.stride, precision=args.precision)
                 times[name].append(now(device) - start)
             peaks[name] = peak.mb
     return {name: {"images_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}

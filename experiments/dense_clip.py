@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import clip
 import evaluate
 import sources
+from clip_head import clip_tokens
 from losses import pixel_text_logits
 from model import ChimeraSeg, text_embeddings
 from support import processes
@@ -32,16 +33,12 @@ class DenseCLIP(nn.Module):
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> patch features (B, N, D)"""
-        visual = self.visual
+        visual, last, W = self.visual, self.visual.transformer.resblocks[-1], self.visual.width
         if not self.values:
             return visual(images)[:, 1:]
-        *blocks, last = visual.transformer.resblocks
-        x = visual.embed(images)
-        for block in blocks:
-            x = block(x)
-        x, attention, W = x[:, 1:], last.attn, x.shape[-1]  # (B, N, W)
-        values = F.linear(last.ln_1(x), attention.in_proj_weight[2 * W:], attention.in_proj_bias[2 * W:])
-        x = x + attention.out_proj(values)
+        x = clip_tokens(visual, images, 1)  # (B, N, W)
+        values = F.linear(last.ln_1(x), last.attn.in_proj_weight[2 * W:], last.attn.in_proj_bias[2 * W:])
+        x = x + last.attn.out_proj(values)
         return visual.ln_post(x + last.mlp(last.ln_2(x))) @ visual.proj
 
     def logits(self, images):

@@ -368,7 +368,8 @@ def plot(lines):
 def main(args):
     RESULTS.parent.mkdir(exist_ok=True)
     if not args.report:
-        lines, have = finished(), set(map(key_of, finished()))
+        lines = finished()
+        have = set(map(key_of, lines))
         now = {"method": method_hash(), "commit": "now", "precision": args.precision, "device": device_name()}
         jobs = [(" ".join(row.split()), w, seed) for w in args.worlds for seed in args.seeds for row in args.rows]
         jobs = [job for job in jobs if job not in have]

@@ -41,7 +41,7 @@ def run_command(main, parse):
         if "Traceback" in message:  # from a loader process: the message itself is the last line
             message = message.split("\n")[-1].split("Error: ", 1)[-1]
     except torch.cuda.OutOfMemoryError as error:
-        message = f"{first_line(error, 1000)} Try a smaller --batch-size, --crop or --body"
+        message = f"{first_line(error, 1000)} Try a smaller --batch-size, --crop or --body; at test, --short-side"
     except RuntimeError as error:
         message = first_line(error, 1000)
         if message.startswith("DataLoader worker"):

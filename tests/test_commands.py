@@ -276,7 +276,7 @@ def test_a_full_gpu_is_one_line(base, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "cross_entropy_loss", full)
     status, _, words = run_inside(train, *base, "--out-dir", tmp_path)
     assert (status, words) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB. Try a smaller --batch-size, "
-                                  "--crop or --body")
+                                  "--crop or --body; at test, --short-side")
 
 
 def test_errors_in_loader_processes_are_one_line_too(root, base, tmp_path):
