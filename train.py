@@ -264,7 +264,7 @@ def parse(argv=None):
           "(default: 0.2)")
     group("--k-end", type=float, default=0.1, metavar="SHARE", help="share of the positions that SGD selects at the "
           "end; 1: all of them throughout (default: 0.1)")
-    group("--sam-weight", type=float, default=1.0, metavar="λ", help="λ_sam; 0: no SAM (default: 1)")
+    group("--sam-weight", type=float, default=0.3, metavar="λ", help="λ_sam; 0: no SAM (default: 0.3)")
 
     group = parser.add_argument_group("run").add_argument
     group("--steps", type=int, help=f"optimiser steps; warm-up scales with them {recipe}")
