@@ -53,6 +53,7 @@ ROWS = {  # name: (what it is, flags of train.py); a flag that comes later wins
 README_ROWS = {**{name: what for name, (what, _) in ROWS.items()},
                "full --strict": "`full` without the training images that show unseen classes",
                "linear --strict": "`linear` without them, against `full --strict`",
+               "full images=100 --steps 300": "`full` with 100 training images, against `full --steps 300`",
                "random images=100 --steps 300": "`random` with 100 training images, against `full` with these"}
 ROOT = Path(__file__).parent.parent
 DATA, RUNS = ROOT / "data", ROOT / "runs/study"
@@ -261,9 +262,9 @@ def by_world(lines, row, key):
 
 def full_of(row):
     """The row of full that a row is compared with: with the same changes and flags. For a row that is full with
-    changes it is full without them, at the same number of steps."""
+    changes it is full without them, at the same number of steps; itself with seen=N, which has other unseen classes."""
     name, *more = row.split()
-    if name == "full":
+    if name == "full" and "seen=" not in row:
         more = length(row)
     return " ".join(["full", *more])
 
@@ -294,14 +295,15 @@ def report(lines):
             (*origin, " ".join(map(str, sorted({line["world"] for line in its}))), len(its),
              f"{sum(line['seconds'] for line in its) / 3600:.1f}") for origin, its in origins.items()]),
         "All classes together, γ = 0, in percent. Mean ± standard deviation over worlds; a world counts once, with the "
-        "mean of its seeds. The columns *new thing* and *new ground* are mean IoU of the unseen things and grounds. "
-        "Worlds differ in scenes and unseen classes; CLIP and the drawings are the same in all.",
+        "mean of its seeds. The columns *new thing* and *new ground* are mean IoU of the world's unseen things and "
+        "grounds; with `seen=N` more classes than these are unseen. Worlds differ in scenes and unseen classes; CLIP "
+        "and the drawings are the same in all.",
         markdown(("row", "what it is", "worlds", *SCORES.values(), *kinds, "first command"), [
             (row, ROWS[row][0] if row in ROWS else "the same with these changes", len(by_world(lines, row, "hIoU")),
              *(mean_std(by_world(lines, row, key)) for key in (*SCORES, *kinds)), f"`{first[row]['command']}`")
             for row in rows]),
-        "Full − row, pairs of one world and seed, with the 95 % interval of Student's t over worlds; bold where 0 lies "
-        "outside.",
+        "Full − row (negative: the row is better), pairs of one world and seed, with the 95 % interval of Student's t "
+        "over worlds; bold where 0 lies outside.",
         markdown(("full − row", "worlds", *SCORES.values(), *kinds), [
             (row, len(gains(lines, row, "hIoU")), *(interval(gains(lines, row, key)) for key in (*SCORES, *kinds)))
             for row in rows if row != full_of(row) and gains(lines, row, "hIoU")])]

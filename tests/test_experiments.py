@@ -65,6 +65,7 @@ def test_the_report_by_hand():
              line("linear", 0, 1, 68, 44, 52, (58, 90)), line("linear", 1, 0, 80, 30, 44, (52, 81)),
              line("linear", 2, 0, 75, 36, 46, (50, 73)), line("linear", 3, 0, 0, 0, 0),
              line("full", 8, 0, 1, 2, 3), line("full --k-end 1", 8, 0, 4, 5, 6), line("full --k-end 1", 9, 0, 6, 5, 6),
+             line("full seen=4", 1, 0, 30, 10, 15), line("linear seen=4", 1, 0, 30, 9, 14),
              line("full images=9", 1, 0, 60, 20, 30), line("linear images=9", 1, 0, 60, 18, 28),
              line("full --steps 300", 0, 0, 50, 30, 37), line("linear --steps 300", 0, 0, 49, 31, 36),
              line("full --strict --steps 300", 0, 0, 48, 8, 13), line("linear --strict --steps 300", 0, 0, 47, 6, 10),
@@ -80,6 +81,7 @@ def test_the_report_by_hand():
             "+0.0 [-5.0, +5.0] | -1.3 [-5.1, +2.5] |") in text
     assert "| linear images=9 | 1 | +0.0 | +2.0 | +2.0 |" in text  # against full of as many pictures
     assert "| full images=9 | 1 | +20.0 | +20.0 | +23.0 |" in text  # against full itself
+    assert "| linear seen=4 | 1 | +0.0 | +1.0 | +1.0 |" in text and "| full seen=4 | 1 | +" not in text
     assert "| linear --steps 300 | 1 | +1.0 | -1.0 | +1.0 |" in text  # against full of as many steps
     assert "| linear --strict --steps 300 | 1 | +1.0 | +2.0 | +3.0 |" in text
     assert "| full --strict --steps 300 | 1 | +2.0 | +22.0 | +24.0 |" in text  # against full of as many steps
@@ -87,13 +89,14 @@ def test_the_report_by_hand():
     assert "| full | 0 | 2 | 60.0 ± 2.8 |" in text and "| full | 1 | 1 |" not in text  # the noise of seeds
     assert "| full | 8 | 1.0 | 2.0 | 3.0 |  |" in text
     assert "| full --k-end 1 | 8 9 | 5.0 ± 1.4 | 5.0 ± 0.0 | 6.0 ± 0.0 | -3.0 |" in text
-    assert "| c1 | m1 | fp32 | CPU | default | 0 1 2 3 4 8 9 | 15 | 7.5 |" in text
+    assert "| c1 | m1 | fp32 | CPU | default | 0 1 2 3 4 8 9 | 17 | 8.5 |" in text
     assert "| c1 | m1 | fp32 | CPU | 300 | 0 | 6 | 3.0 |" in text
     table = study.readme_table(lines).splitlines()[2:]  # its rows alone
     assert table[0].startswith("| `full`: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | 53.3 ± 5.8 |")
-    assert [row.split(" | ")[-1] for row in table] == [" |", "**+9.3 [+7.9, +10.8]** |", "– |", "+2.0 |", "+3.0 |"]
+    assert [row.split(" | ")[-1] for row in table] == [" |", "**+9.3 [+7.9, +10.8]** |", "– |", "+2.0 |", "+23.0 |",
+                                                     "+3.0 |"]
     assert table[3].startswith("| `linear --strict`: `linear` without them, against `full --strict` | 1 | 47.0 |")
-    assert table[4].startswith("| `random images=100 --steps 300`: ") and table[4].count(" | 20.0 | 8.0 | 11.0 | ") == 1
+    assert table[5].startswith("| `random images=100 --steps 300`: ") and table[5].count(" | 20.0 | 8.0 | 11.0 | ") == 1
 
 
 def test_t_table_holds_95_percent():
