@@ -395,9 +395,10 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(README_ROWS), metavar="ROW",
+    default = list(dict.fromkeys(name for row in README_ROWS for name in (full_of(row), row)))
+    parser.add_argument("--rows", nargs="+", default=default, metavar="ROW",
                         help=f"{', '.join(ROWS)}, or such a name with flags and changes, in quotes (default: those of "
-                        "README's table)")
+                        "README's table and what they are compared with)")
     parser.add_argument("--worlds", nargs="+", type=int, default=list(range(8)), metavar="N", help="(default: 0 to 7)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of each run (default: 0)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all runs (default: fp32)")

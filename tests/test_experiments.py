@@ -92,11 +92,14 @@ def test_the_report_by_hand():
     assert "| c1 | m1 | fp32 | CPU | default | 0 1 2 3 4 8 9 | 17 | 8.5 |" in text
     assert "| c1 | m1 | fp32 | CPU | 300 | 0 | 6 | 3.0 |" in text
     table = study.readme_table(lines).splitlines()[2:]  # its rows alone
-    assert table[0].startswith("| `full`: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | 53.3 ± 5.8 |")
+    assert table[0] == ("| `full`: CSH, SGD, SAM | 3 | 75.0 ± 5.0 | 45.7 ± 6.0 | 56.0 ± 3.6 | 53.3 ± 5.8 | "
+                        "80.0 ± 10.0 |  |")
     assert [row.split(" | ")[-1] for row in table] == [" |", "**+9.3 [+7.9, +10.8]** |", "– |", "+2.0 |", "+23.0 |",
                                                      "+3.0 |"]
     assert table[3].startswith("| `linear --strict`: `linear` without them, against `full --strict` | 1 | 47.0 |")
     assert table[5].startswith("| `random images=100 --steps 300`: ") and table[5].count(" | 20.0 | 8.0 | 11.0 | ") == 1
+    rows = study.parse([]).rows
+    assert {*study.README_ROWS} < {*rows} and {study.full_of(row) for row in rows} <= {*rows}
 
 
 def test_t_table_holds_95_percent():
@@ -111,7 +114,8 @@ def test_t_table_holds_95_percent():
 def test_it_runs_what_is_missing_and_reports(places):
     argv = ["--worlds", "0", "3", "--rows", "full", "linear  seen=6 --strict", "--jobs", "1"]
     study.main(study.parse(argv))
-    assert len(places) == 4 and places[1][3:6] == ["--head", "linear", "--strict"]
+    assert len(places) == 4 and places[1][:6] == [
+        "train.py", "--sam-weight", "1", "--head", "linear", "--strict"]
     kept = study.RESULTS.read_text()
     assert json.loads(kept.splitlines()[0]) | {"seconds": 0} == {
         "row": "full", "world": 0, "seed": 0, "precision": "fp32", "device": study.device_name(),
@@ -146,7 +150,7 @@ def test_a_frozen_body_needs_a_finished_run_and_comes_after_it(places):
     study.main(study.parse([*argv, "linear-seg --steps 9"]))
     assert places[0][1:3] == ["--head", "linear"] and places[1][1] == "experiments.frozen_body"
     assert (study.ROOT / places[1][2]).samefile(folder / "last.pt")
-    assert places[1][5:9] == ["--head", "random", "--steps", "9"]
+    assert places[1][3:9] == ["--sam-weight", "1", "--head", "random", "--steps", "9"]
 
 
 def test_a_frozen_body_stays_as_it_was(places, tiny_clip_file, tmp_path):
