@@ -39,6 +39,11 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q[:, :, :first], k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
+    def values(self, x):
+        """Each token's own value in the place of attention: (B, N, W) -> (B, N, W)"""
+        W = x.shape[-1]
+        return self.out_proj(F.linear(x, self.in_proj_weight[2 * W:], self.in_proj_bias[2 * W:]))
+
 
 class QuickGELU(nn.Module):
     """OpenAI's activation. Most of LAION's models have plain GELU."""
@@ -61,6 +66,12 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x, causal=False, first=None):
         x = x[:, :first] + self.attn(self.ln_1(x), causal, first)
+        return x + self.mlp(self.ln_2(x))
+
+    def values(self, x):
+        """The block by the values path: no token looks at another, so each says what is at its own place (MaskCLIP,
+        arXiv 2112.01071). (B, N, W) -> (B, N, W)"""
+        x = x + self.attn.values(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -129,6 +140,17 @@ class VisionTransformer(nn.Module):
         the first `first` tokens alone: the last block then computes no others."""
         x = self.transformer(self.embed(images), first=first)
         return self.ln_post(x) @ self.proj
+
+    def cls_and_patches(self, images):
+        """(B, 3, H, W) in [0, 1] -> CLS embedding (B, D) and the patches' dense features (B, h·w, D) by the values path
+        of the last block. One pass for both; not normalised."""
+        x = self.embed(images)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        x = torch.cat([last(x, first=1), last.values(x[:, 1:])], dim=1)  # (B, 1 + h·w, W)
+        x = self.ln_post(x) @ self.proj
+        return x[:, 0], x[:, 1:]
 
 
 class CLIP(nn.Module):
