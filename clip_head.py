@@ -3,7 +3,8 @@
     body features (B, C, h, w) -> adapter (trained) -> last n blocks, ln_post, proj (CLIP's, frozen) -> z (B, D, h, w)
 
 FACT (abstract of arXiv 2506.22032): a frozen subnetwork, fixed projection layers, light trainable parts.
-OURS: the last n blocks, the adapter's form, no CLS token among the head's tokens, no positions added to them.
+OURS: the last n blocks, with CLIP's own attention; the adapter's form; no CLS token among the head's tokens, no
+positions added to them.
 Symbols: B images, C body channels, W CLIP's width, D joint width, N = h·w dense positions.
 """
 import copy
@@ -40,10 +41,13 @@ class Adapter(nn.Module):
 
 
 class Tail(nn.Module):
-    """Frozen copy of the end of CLIP's image tower: its last `blocks` blocks, ln_post, proj, under CLIP's own names."""
+    """Frozen copy of the end of CLIP's image tower: its last `blocks` blocks, ln_post, proj, under CLIP's own names.
 
-    def __init__(self, visual, blocks):
+    values: the blocks by the values path, without attention, as MaskCLIP uses the last one."""
+
+    def __init__(self, visual, blocks, values=False):
         super().__init__()
+        self.values = values
         self.resblocks = copy.deepcopy(visual.transformer.resblocks[first_block(visual, blocks):])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = copy.deepcopy(visual.proj)  # (W, D)
@@ -51,7 +55,7 @@ class Tail(nn.Module):
 
     def forward(self, x):
         for block in self.resblocks:
-            x = block(x)  # (B, N, W)
+            x = block.values(x) if self.values else block(x)  # (B, N, W)
         return self.ln_post(x) @ self.proj  # (B, N, D)
 
 
@@ -84,9 +88,9 @@ class Head(nn.Module):
         return F.normalize(z.float(), dim=-1).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def CSH(visual, in_channels, frozen_blocks=1):
+def CSH(visual, in_channels, frozen_blocks=1, values=False):
     """The head of the method. visual: CLIP's image tower, copied from and never changed. Raises CLIPError."""
-    return Head(Adapter(in_channels, visual.width), Tail(visual, frozen_blocks))
+    return Head(Adapter(in_channels, visual.width), Tail(visual, frozen_blocks, values))
 
 
 def LinearHead(visual, in_channels):
@@ -95,9 +99,9 @@ def LinearHead(visual, in_channels):
     return Head(Adapter(in_channels, visual.width), nn.Linear(visual.width, visual.output_dim, bias=False))
 
 
-def RandomHead(visual, in_channels, frozen_blocks=1):
+def RandomHead(visual, in_channels, frozen_blocks=1, values=False):
     """Control: CSH's shape with random frozen weights, always the same ones."""
     adapter = Adapter(in_channels, visual.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_HEAD_SEED)
-        return Head(adapter, Tail(VisionTransformer(**visual.config), frozen_blocks))
+        return Head(adapter, Tail(VisionTransformer(**visual.config), frozen_blocks, values))

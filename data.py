@@ -59,10 +59,10 @@ def augment(image, labels, recipe, view_size):
 
 
 def split_padding(labels, grid):
-    """Labels (B, H, W) of crops, the size (h, w) of a grid -> labels with IGNORE in the padding, and bool (B, N): which
-    positions lie in the image."""
+    """Labels (B, H, W) of crops, the size (h, w) of a grid -> labels with IGNORE in the padding, and bool (B, h, w):
+    which positions lie in the image."""
     padding = labels == PADDING
-    outside = F.interpolate(padding[:, None].float(), grid, mode="nearest-exact").flatten(1)
+    outside = F.interpolate(padding[:, None].float(), grid, mode="nearest-exact")[:, 0]
     return labels.masked_fill(padding, IGNORE), outside == 0
 
 

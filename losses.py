@@ -1,7 +1,8 @@
 """The losses of Chimera-Seg, one function per equation. They do not depend on the model.
 
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
-t text embeddings (K, D) of unit length, c the teacher's CLS embeddings (B, D) of unit length, τ temperatures.
+t text embeddings (K, D) of unit length, τ temperatures. Of the teacher, the full frozen CLIP: c the CLS embeddings
+(B, D), d the dense features of its n×n patches (B, n·n, D), both of unit length.
 Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes, so no label of an unseen
 class reaches a loss. (L_sgd reads no labels: it selects among all positions of the image.)
 
@@ -19,7 +20,7 @@ from support.processes import rank, world_size
 IGNORE = 255
 TAU_G = 0.07  # τ_g. LINE: the group's earlier InfoNCE
 BANK = 256  # M, earlier CLS embeddings kept as negatives. LINE: a bank; OURS: its size
-BAND = {"cpu": 2**21, "cuda": 2**26}  # upsampled logits held at a time: on GPUs fewer and larger kernels
+HELD = {"cuda": 2**26}  # upsampled logits held at a time; elsewhere 2^21
 
 
 def fp32(x):
@@ -52,82 +53,84 @@ def pixel_text_logits(z, t, tau):
     return torch.einsum("bdhw,kd->bkhw", z, t) / tau
 
 
-def cross_entropy_loss(z, t, labels, tau):
+def seg_loss(z, t, labels, tau):
     """L_seg: softmax cross-entropy of the upsampled logits, mean over labelled pixels. labels (B, H, W). FIELD
 
-    Taken in bands of rows, recomputed in the backward pass: (B, K, H, W) logits are never held in full."""
-    logits = pixel_text_logits(fp32(z), fp32(t), tau)
-    total = sum(checkpoint(_cross_entropy_of_rows, logits, labels, rows, use_reentrant=False, preserve_rng_state=False)
-                for rows in bands(logits, labels.shape[1:]))
+    Upsampled logits of many classes are large, so a few images are taken at a time and computed again in the backward
+    pass (checkpoint): (B, K, H, W) is never held."""
+    logits = pixel_text_logits(fp32(z), fp32(t), tau)  # (B, K, h, w)
+    each = logits.shape[1] * labels[0].numel()  # upsampled logits of one image
+    images = max(HELD.get(z.device.type, 2**21) // each, 1)
+    total = sum(checkpoint(upsampled_cross_entropy, *group, use_reentrant=False, preserve_rng_state=False)
+                for group in zip(logits.split(images), labels.split(images)))
     return global_mean(total, (labels != IGNORE).sum())
 
 
-def _cross_entropy_of_rows(logits, labels, rows):
-    logits = upsampled_rows(logits, labels.shape[1:], rows).flatten(0, 2)  # (B · rows · W, K)
-    return F.cross_entropy(logits, labels[:, rows].flatten().long(), ignore_index=IGNORE, reduction="sum")
-
-
-def bands(logits, size):
-    """Logits (B, K, h, w) and (H, W) -> slices of the H rows, each of at most BAND upsampled logits."""
-    (H, W), (B, K) = size, logits.shape[:2]
-    height = max(BAND.get(logits.device.type, BAND["cpu"]) // (B * K * W), 1)
-    return [slice(y, min(y + height, H)) for y in range(0, H, height)]
-
-
-def upsampled_rows(logits, size, rows):
-    """F.interpolate(logits, size, mode="bilinear")[:, :, rows], made without the other rows and with classes last.
-
-    logits (B, K, h, w), size (H, W), rows a slice of the H rows -> (B, number of rows, W, K)"""
-    h, (H, W) = logits.shape[2], size
-    if h == H:
-        logits = logits[:, :, rows]
-    else:
-        place = [min(max((y + 0.5) * h / H - 0.5, 0), h - 1) for y in (rows.start, rows.stop - 1)]  # in rows of logits
-        first, last = int(place[0]), min(int(place[1]) + 2, h)  # those that reach these rows
-        y, x = (torch.arange(*r, device=logits.device) for r in ((rows.start, rows.stop), (first, last)))
-        at = ((y + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
-        weights = (1 - (at[:, None] - x).abs()).clamp(min=0)  # (number of rows, last − first)
-        logits = torch.einsum("yh,bkhw->bkyw", weights.to(logits.dtype), logits[:, :, first:last])
-    logits = logits.contiguous(memory_format=torch.channels_last)  # the softmax over K is twice as fast so
-    return F.interpolate(logits, (logits.shape[2], W), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+def upsampled_cross_entropy(logits, labels):
+    """Sum over the labelled pixels. logits (B, K, h, w), labels (B, H, W) -> scalar"""
+    logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)  # (B, K, H, W)
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
 
 
 # ---------------------------------------------------------------- Selective Global Distillation: L_sgd
 
 
+def teacher_similarity(c, d):
+    """ã_i = d_i · c, how well each of the teacher's patches knows the whole image. OURS, see docs/choices.md
+
+    c (B, D), d (B, n·n, D) -> (B, n, n)"""
+    a = torch.einsum("bnd,bd->bn", fp32(d), fp32(c))
+    return a.unflatten(1, (round(a.shape[1] ** 0.5), -1))
+
+
+def at_positions(a, inside):
+    """The teacher's grid -> the student's: bilinear, to those positions that lie inside the image.
+
+    a (B, n, n); inside: bool (B, h, w), True in the first rows and columns of each image, False in the padding to the
+    right and below, of which the teacher sees nothing -> (B, N); outside the image the values mean nothing."""
+    h, w = inside.shape[1:]
+    rows, columns = inside.any(2).sum(1), inside.any(1).sum(1)  # (B,)
+    y = (2 * torch.arange(h, device=a.device) + 1) / rows[:, None] - 1  # (B, h), the image goes from -1 to 1
+    x = (2 * torch.arange(w, device=a.device) + 1) / columns[:, None] - 1  # (B, w)
+    places = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)  # (B, h, w, 2)
+    return F.grid_sample(a[:, None], places.to(a.dtype), padding_mode="border", align_corners=False).flatten(1)
+
+
 def k_at(step, steps, inside, end_share):
     """k_b(t) = ⌈share(t) · N_b⌉, N_b the positions of image b; share falls from 1 to `end_share` = r_end.
 
-    inside: bool (B, N), the positions that lie in the image and not in the padding -> int (B,).
+    inside: bool (B, h, w), the positions that lie in the image and not in the padding -> int (B,).
     FACT: k falls. OURS: linearly; a share of each image's own positions. end_share = 1 distils all of them."""
     share = 1 - (1 - end_share) * step / max(steps - 1, 1)
-    return (share * inside.sum(1) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, despite rounding
+    return (share * inside.sum((1, 2)) - 1e-3).ceil().clamp(min=1).long()  # 1e-3: 0.1 · 10 is 1, despite rounding
 
 
 def select(a, k, inside):
-    """S_t: the k_b positions of largest a inside each image. a (B, N), k (B,), inside (B, N) -> 1 or 0, (B, N)."""
+    """S_t: the k_b positions of largest a inside each image. a (B, N), k (B,), inside (B, h, w) -> 1 or 0, (B, N)."""
+    inside = inside.flatten(1)
     order = a.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True)
     chosen = torch.arange(a.shape[1], device=a.device) < k[:, None]  # the first k_b of that order
     return torch.zeros_like(a).scatter(1, order, chosen.to(a.dtype)) * inside
 
 
-def sgd_loss(z, c, k, inside, bank):
-    """L_sgd: the k_b dense features most similar to the CLS embedding c are pulled towards it. FACT
+def sgd_loss(z, c, a, k, inside, bank):
+    """L_sgd: the dense features where a is largest are pulled towards the CLS embedding c. FACT: selection, falling k
 
-    a_i = z_i · c,  S = the k_b positions of largest a_i,  p = normalise(mean of z_i over S),
+    S = the k_b positions of largest a_i,  p = normalise(mean of z_i over S),
     L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g),  j over the batch of all processes and the bank.  LINE
-    c (B, D), k (B,), inside (B, N), bank (M, D) -> scalar"""
-    z, c = fp32(z).flatten(2), fp32(c)  # (B, D, N)
-    a = torch.einsum("bdn,bd->bn", z.detach(), c)
-    p = F.normalize(torch.einsum("bdn,bn->bd", z, select(a, k, inside)), dim=1)  # (B, D)
+    c (B, D), a (B, N), k (B,), inside (B, h, w), bank (M, D) -> scalar"""
+    z, c, a = fp32(z).flatten(2), fp32(c), fp32(a)  # z (B, D, N)
+    p = F.normalize(torch.einsum("bdn,bn->bd", z, select(a, k, inside)), dim=1)  # (B, D); the sum's direction
     keys = torch.cat([gather(c), bank])  # (processes · B + M, D)
     target = torch.arange(len(p), device=p.device) + rank() * len(p)
     return F.cross_entropy(p @ keys.T / TAU_G, target)
 
 
 def push(bank, c):
-    """The bank of earlier CLS embeddings, newest first, at most BANK. bank (M, D), c (B, D) -> (M', D)."""
-    return torch.cat([gather(fp32(c)), bank])[:BANK]
+    """The bank of earlier CLS embeddings, newest first, at most BANK. bank (M, D), c (B, D) -> (M', D).
+
+    What is not finite (fp16 overflowed) enters as 0."""
+    return torch.cat([gather(fp32(c)).nan_to_num(0, 0, 0), bank])[:BANK]
 
 
 # ---------------------------------------------------------------- Semantic Alignment Module: L_sam
@@ -139,13 +142,11 @@ def sam_loss(z, t, labels, tau):
     r_bk = normalise(mean of z_i over the pixels of class k in image b),  cross-entropy of r_bk · t / τ against k.  OURS
     Labels (B, H, W) are read at the features' grid by nearest neighbour -> scalar"""
     z, t = fp32(z), fp32(t)
-    B, D, h, w = z.shape
-    K = len(t)
-    grid = F.interpolate(labels[:, None].to(z.dtype), (h, w), mode="nearest-exact").long().flatten(1)  # (B, N)
-    row = torch.arange(B, device=z.device)[:, None] * K + grid  # image b, class k -> b·K + k
-    row = row.where(grid != IGNORE, B * K).flatten()  # a last row takes what is ignored
-    features = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B·N, D)
-    r = F.normalize(z.new_zeros(B * K + 1, D).index_add(0, row, features)[:-1], dim=1)  # (B·K, D), 0 where absent
-    present = z.new_zeros(B * K + 1).index_fill(0, row, 1)[:-1]
-    k = torch.arange(K, device=z.device).repeat(B)
-    return global_mean((F.cross_entropy(r @ t.T / tau, k, reduction="none") * present).sum(), present.sum())
+    classes = torch.arange(len(t), device=z.device)
+    labels = F.interpolate(labels[:, None].to(z.dtype), z.shape[2:], mode="nearest-exact").flatten(1)  # (B, N)
+    own = labels[:, :, None] == classes  # (B, N, K), is position i of class k?
+    r = F.normalize(torch.einsum("bdn,bnk->bkd", z.flatten(2), own.to(z.dtype)), dim=2)  # (B, K, D), 0 where absent
+    present = own.any(1)  # (B, K)
+    logits = r @ t.T / tau  # (B, K, K)
+    loss = F.cross_entropy(logits.flatten(0, 1), classes.repeat(len(z)), reduction="none").view_as(present)  # (B, K)
+    return global_mean((loss * present).sum(), present.sum())

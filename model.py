@@ -11,14 +11,19 @@ import torch.nn.functional as F
 import clip
 from bodies import ModelError, build_body
 from clip_head import CSH, LinearHead, RandomHead
-from losses import IGNORE, bands, pixel_text_logits
+from losses import IGNORE, pixel_text_logits
 from support.archive import misfit
 from support.checkpoint import read_checkpoint
 from support.processes import autocast, from_first
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENLARGED = 8  # times, at most, before the test: otherwise a very thin image needs unbounded memory
-SETTINGS = ("body", "body_weights", "head", "frozen_blocks", "temperature")  # of a run, which `build` takes
+
+
+def bands(logits, size):
+    (H, W), (B, K) = size, logits.shape[:2]
+    height = max(2**21 // (B * K * W), 1)
+    return [slice(y, min(y + height, H)) for y in range(0, H, height)]
 
 
 @torch.no_grad()
@@ -126,24 +131,25 @@ def axis_weights(size, window, stride, cells, out):
     return F.interpolate(weights.T[None], out, mode="linear")[0].T
 
 
-def build(clip_model, *, body="small", body_weights="default", head="csh", frozen_blocks=1, temperature=None):
+def build(clip_model, *, body="small", body_weights="default", head="csh", head_attention="clip", frozen_blocks=1):
     """The segmenter from plain values.
 
-    body         a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, out_channels, h, w)
-    head         csh, linear (no weights of CLIP) or random (CSH's shape, random frozen weights)
-    temperature  τ, CLIP's own when None
+    body            a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, C, h, w), with
+                    out_channels = C
+    head            csh, linear (no weights of CLIP) or random (CSH's shape, random frozen weights)
+    head_attention  of the frozen blocks: clip (CLIP's own) or values (each position keeps its own value)
     `clip_model` is not changed: the head copies what it needs, then its image tower may be deleted. Before training,
     the adapter should start at CLIP's own tokens: train.start_adapter.
     Raises ModelError, CLIPError."""
     if not isinstance(body, nn.Module):
         body = build_body(body, body_weights)
-    heads = {"csh": lambda: CSH(clip_model.visual, body.out_channels, frozen_blocks),
-             "linear": lambda: LinearHead(clip_model.visual, body.out_channels),
-             "random": lambda: RandomHead(clip_model.visual, body.out_channels, frozen_blocks)}
-    if head not in heads:
-        raise ModelError(f"no head {head!r}: choose {', '.join(heads)}")
-    tau = 1 / clip_model.logit_scale.exp().item() if temperature is None else temperature
-    return ChimeraSeg(body, heads[head](), clip_model, tau)
+    visual, values = clip_model.visual, head_attention == "values"
+    heads = {"csh": lambda: CSH(visual, body.out_channels, frozen_blocks, values),
+             "linear": lambda: LinearHead(visual, body.out_channels),
+             "random": lambda: RandomHead(visual, body.out_channels, frozen_blocks, values)}
+    if head not in heads or head_attention not in ("clip", "values"):
+        raise ModelError(f"no head {head!r} with attention {head_attention!r}: choose {', '.join(heads)}; clip, values")
+    return ChimeraSeg(body, heads[head](), clip_model, tau=1 / clip_model.logit_scale.exp().item())
 
 
 def load_run(checkpoint, device, clip_file=None):
@@ -157,7 +163,7 @@ def load_run(checkpoint, device, clip_file=None):
     if clip.fingerprint(clip_model) != config["clip_hash"]:
         raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
                          "give --clip")
-    model = build(clip_model, **{**{key: config[key] for key in SETTINGS}, "body_weights": "none"})
+    model = build(clip_model, **config["model"] | {"body_weights": "none"})
     del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])
     clip_model.to(device)  # the text tower

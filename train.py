@@ -7,12 +7,14 @@ SGD is Selective Global Distillation, SAM the Semantic Alignment Module: see los
     python train.py --dataset my_data --body segnext-b        # own data
     torchrun --nproc-per-node 4 train.py --dataset voc        # one process per GPU
 
-Writes into runs/<dataset>/: last.pt and former.pt (checkpoints), config.json, log.jsonl, curves.png, data.png (what the
-data check saw), metrics.json and preview.png (the test). Ctrl-C saves; the same command with --resume continues.
+Makes a folder runs/NAME (or runs/NAME-2, …) with last.pt (the checkpoint), config.json, log.jsonl, curves.png,
+data.png (what the data check saw), metrics.json and preview.png (the test). Ctrl-C saves; the same command with
+--resume goes on.
 """
-import argparse
+import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +32,9 @@ import sources
 from clip_head import clip_tokens
 from sources.check import check
 from support import UserError, checkpoint, processes
-from support.command import Signals, Watch, run_command
-from support.log import Log
+from support.command import Signals, run_command
+from support.log import Log, check_finite, read
+from support.settings import RECIPE, Setting, check_spans, of_part, parser
 
 WEIGHT_DECAY = 0.01  # FIELD; none on norms, biases and other vectors
 UNDECAYED = ("relative_position_bias_table", "layer_scale")  # Swin's and ConvNeXt's biases and scales, no vectors there
@@ -39,126 +42,165 @@ POLY_POWER = 0.9  # FIELD
 BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of new parts
 MAX_GRADIENT_NORM = 1.0  # OURS
 LOG_EVERY = 20  # steps
-RECIPE = ("clip", "body", "steps", "batch_size", "lr", "crop")  # flags whose default the data set says
-NOT_SAVED = ("workers", "device", "deterministic", "compile", "out_dir", "resume", "save_every")  # may change
-RANGES = {"steps": (1, 10**8), "batch_size": (1, 10**5), "crop": (8, 10**4), "save_every": (1, 10**8), "lr": (0, 100),
-          "workers": (0, 256), "seed": (0, 10**9), "k_end": (0, 1), "temperature": (1e-6, 1e6),
-          "sgd_weight": (0, 1e6), "sam_weight": (0, 1e6)}  # outside, nothing sensible can happen
+
+SETTINGS = (  # name, default, type or choices, part, help, least and largest value, may --resume change it?
+    Setting("dataset", "toy", str, "data", f"{', '.join(sources.NAMES)}, or a folder of own data"),
+    Setting("data_root", None, str, "data", "its folder (default: data/NAME, or the folder itself)", may_change=True),
+    Setting("strict", False, bool, "data", "leave out training images with unseen pixels, not these pixels alone"),
+    Setting("crop", RECIPE, int, "data", "side of a training crop, pixels; test sizes scale with it", (8, 10**4)),
+    Setting("body", RECIPE, bodies.BODIES, "model", ", ".join(bodies.BODIES)),
+    Setting("body_weights", "default", str, "model", "none, a file, or default: ImageNet's; for `small` toy/body.pt "
+            "on the toy data set, else none"),
+    Setting("head", "csh", ("csh", "linear", "random"), "model", "csh; the controls: linear (no weights of CLIP), "
+            "random (CSH's shape, random frozen weights)"),
+    Setting("head_attention", "clip", ("clip", "values"), "model", "of the frozen blocks: clip (CLIP's own), values "
+            "(none: each position keeps its own value)"),
+    Setting("frozen_blocks", 1, int, "model", "CLIP blocks in the head; the adapter starts at what they get in CLIP"),
+    Setting("clip", RECIPE, str, "method", f"{', '.join(clip.MODELS)}, a file or a folder", may_change=True),
+    Setting("sgd_weight", 1.0, float, "method", "λ_sgd; 0: no SGD, the teacher does not run", (0, 1e6)),
+    Setting("select", "teacher", ("teacher", "student"), "method", "whose dense features choose SGD's positions"),
+    Setting("k_end", 0.1, float, "method", "share of the positions that SGD selects at the end; 1: always all", (0, 1)),
+    Setting("sam_weight", 0.3, float, "method", "λ_sam; 0: no SAM", (0, 1e6)),
+    Setting("steps", RECIPE, int, "run", "optimiser steps; warm-up scales with them", (1, 10**8)),
+    Setting("batch_size", RECIPE, int, "run", "images per step, all processes together", (1, 10**5)),
+    Setting("lr", None, float, "run", "AdamW's peak rate (default: the body's own for crops of 512 pixels, if its "
+            f"publisher gives one, else {RECIPE})", (0, 100), may_change=True),
+    Setting("seed", 0, int, "run", "of weights, order and crops", (0, 10**9)),
+    Setting("precision", None, (*processes.PRECISIONS,), "run", "bf16, fp16 or fp32, of body, head and teacher; losses "
+            "are fp32 (default: the fastest here: bf16 on GPUs since Ampere and CPUs with AMX, fp16 on older GPUs)",
+            may_change=True),
+    Setting("out_dir", None, Path, "machine", "the run's folder (default: a new one, runs/NAME, runs/NAME-2, …)"),
+    Setting("resume", False, bool, "machine", "go on with the run in --out-dir, or with the newest of these settings"),
+    Setting("save_every", 500, int, "machine", "steps between saves", (1, 10**8)),
+    Setting("device", None, ("cpu", "cuda", "mps"), "machine", "cpu, cuda or mps (default: cuda if there is one)"),
+    Setting("workers", None, int, "machine", "loader processes for each training process (default: its share of the "
+            "cores, at most 8)", (0, 256)),
+    Setting("compile", False, bool, "machine", "torch.compile the student: a slow start, then faster steps"),
+    Setting("deterministic", False, bool, "machine", "PyTorch's deterministic kernels where it has them, slower"),
+)
+MAY_CHANGE = {s.name for s in SETTINGS if s.may_change} | {"departures", "made_with"}
 
 
 def main(args):
     # ---- setup: torchrun's environment or one process, the device, the seed
     device = processes.start(args.device)
-    ranks, rank = processes.world_size(), processes.rank()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may round differently each time
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.manual_seed(args.seed)
-    out = args.out_dir or Path("runs") / Path(args.dataset).resolve().name
 
-    # ---- the data set; its recipe fills in flags that were not given
-    source, remarks = open_source(args, device)
-    recipe = source.recipe
-    if rank == 0:
-        remarks += check(source, out / "data.png")
+    # ---- the data set; its recipe fills in the settings that were not given
+    source, remarks, data_picture = open_source(args, device)
 
-    # ---- the frozen teacher (all of CLIP), the student (body and head, which starts at CLIP's tokens), the optimiser
+    # ---- the frozen teacher (all of CLIP), the student (body and head), the optimiser
     teacher = clip.load(args.clip).to(device)
-    model = models.build(teacher, **{name: getattr(args, name) for name in models.SETTINGS}).to(device)
+    model = models.build(teacher, **of_part(SETTINGS, args, "model")).to(device)
     model.set_classes([source.classes[k] for k in source.seen], source.templates)  # unseen names are not used
-    trainset = data.TrainSet(source, recipe, teacher.visual.input_size, args.seed)
-    if not args.resume:  # a resumed run has its adapter in last.pt
-        start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.body_weights != "none"), weight_decay=0,
                                   fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    trainset = data.TrainSet(source, source.recipe, teacher.visual.input_size, args.seed)
 
-    # ---- the run folder; --resume goes on from its last.pt
-    config = run_config(args, source, teacher)
-    bank = torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images
-    first, bank, more = checkpoint.begin(out, model, optimizer, bank, config, args.resume)
-    bank = bank.to(device)
+    # ---- the run's folder; with --resume its last checkpoint, else the adapter starts at CLIP's tokens
+    config, name = run_config(args, source, teacher), Path(args.dataset).resolve().name
+    out, saved, more = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
+    first, bank = 0, torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images
+    if saved:
+        first, bank = checkpoint.restore(saved, model, optimizer, scaler, bank)
+    else:
+        start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     log = Log(out, args.steps)
-    log.opening(args, source, model, [*remarks, *([teacher.remark] if teacher.remark else []), *more], device)
+    log.opening(args, source, model, [*remarks, *more], device, data_picture)
 
-    # ---- the loop
-    student = parallel(model, device, args.compile)
-    order = data.Steps(len(source.train), args.batch_size, first, args.steps, args.seed, rank, ranks)
+    # ---- the loop; then the test: all classes, seen and unseen
+    order = data.Steps(len(source.train), args.batch_size, first, args.steps, args.seed, processes.rank(),
+                       processes.world_size())
     loader = data.train_loader(trainset, order, args.workers, device)
+    save = partial(checkpoint.save, out, config, model, optimizer, scaler)
+    warmup = source.recipe.warmup * args.steps / source.recipe.steps
+    if train(args, device, loader, teacher, model, optimizer, scaler, bank.to(device), warmup, log, save):
+        return test(args, device, source, model, config, log)
 
-    def rescue(bad, now):  # step `bad` was not finite, which step `now` found out
-        checkpoint.save(out, model, optimizer, bad, bank[(now - bad) * args.batch_size:], config)  # newest first
-        return [source.train[i][1].name for _, i in order.batch(bad)]
 
-    signals, watch = Signals(device), Watch(optimizer, device, rescue)
+def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup, log, save):
+    """The loop -> True at the last step, False if a signal ended it before. save(step, bank) writes a checkpoint."""
+    first = loader.batch_sampler.first
+    student, signals, saved = parallel(model, device, args.compile), Signals(device), first or None
+    stopping, clipped = False, []  # of each step since the last line of the log: was its gradient clipped?
+    t, tau = model.t, model.tau  # (K, D), the seen classes
     model.train()
-    stopping, t, tau = False, model.t, model.tau
     for step, batch in enumerate(loader, first):
-        torch.manual_seed((args.seed * 1_000_003 + step) * ranks + rank)  # random bodies draw the same after a resume
-        lr = set_lr(optimizer, args.lr * warmup_poly(step, args.steps, recipe.warmup * args.steps / recipe.steps))
+        seed_step(args.seed, step)
+        lr = set_lr(optimizer, args.lr * warmup_poly(step, args.steps, warmup))
         crops, labels, views = (x.to(device, non_blocking=True) for x in batch)  # (B, 3, H, W), (B, H, W), (B, 3, S, S)
 
         with processes.autocast(device, args.precision):
             z = student(crops.float() / 255)  # (B, D, h, w)
-            c = cls_embeddings(teacher, views) if args.sgd_weight else z.new_empty(0, z.shape[1])  # (B, D)
-        labels, inside = data.split_padding(labels, z.shape[2:])  # inside (B, N): positions of the image
+        labels, inside = data.split_padding(labels, z.shape[2:])  # inside (B, h, w): positions of the image
         k = losses.k_at(step, args.steps, inside, args.k_end)  # (B,)
 
-        loss_seg = losses.cross_entropy_loss(z, t, labels, tau)
-        loss_sgd = losses.sgd_loss(z, c, k, inside, bank) if args.sgd_weight else torch.zeros_like(loss_seg)
-        loss_sam = losses.sam_loss(z, t, labels, tau) if args.sam_weight else torch.zeros_like(loss_seg)
+        loss_seg = losses.seg_loss(z, t, labels, tau)
+        loss_sgd = loss_sam = torch.zeros_like(loss_seg)
+        if args.sgd_weight:
+            c, d = teacher_features(teacher, views, args.precision)  # (B, D), (B, n·n, D)
+            a = similarity(args.select, z, c, d, inside)  # (B, N)
+            loss_sgd = losses.sgd_loss(z, c, a, k, inside, bank)
+            bank = losses.push(bank, c)
+        if args.sam_weight:
+            loss_sam = losses.sam_loss(z, t, labels, tau)
         loss = loss_seg + args.sgd_weight * loss_sgd + args.sam_weight * loss_sam
 
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()  # the scaler does nothing but for fp16
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        watch.admit(step, {"loss": loss, "loss_seg": loss_seg, "loss_sgd": loss_sgd, "loss_sam": loss_sam}, norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
 
+        clipped.append(norm > MAX_GRADIENT_NORM)
         last, stopping = step == args.steps - 1, signals.heard(step)
         logging, saving = last or step % LOG_EVERY == 0, last or stopping or (step + 1) % args.save_every == 0
         if logging or saving:
-            numbers = watch.look()  # of this step, means over processes; ends the run if they are not finite
-        bank = losses.push(bank, c)
+            numbers = read(loss=loss, seg=loss_seg, sgd=loss_sgd, sam=loss_sam, norm=norm,
+                           clipped=torch.stack(clipped).float().mean())
+            check_finite(numbers, step, saved, norm=not scaler.is_enabled())
         if logging:
-            log.step(step, numbers, k, lr)
+            log.step(step, numbers, k=k, lr=lr, keys=args.batch_size + len(bank))
+            clipped = []
         if saving:
-            checkpoint.save(out, model, optimizer, step + 1, bank, config)
+            save(step + 1, bank)
+            saved = step + 1
             log.curves()
         if stopping:
-            log.say(f"stopped after step {step}, saved as {out}/last.pt: the same command with --resume goes on")
+            log.say(f"stopped after step {step}, saved in {log.out}/: the same command with --resume goes on")
             break
     signals.restore()
-
-    # ---- the test: all classes, seen and unseen
-    if not stopping:
-        model.set_classes(source.classes, source.templates)
-        share_statistics(model)
-        result = evaluate.evaluate(model, source, device, args.precision)
-        result |= {"checkpoint": str(out / "last.pt"), "precision": args.precision, "departures": config["departures"]}
-        if rank == 0:
-            evaluate.report(result, model, source, device, args.precision, out)
-            log.scores(result["gamma_0"])
-        return result
+    return not stopping
 
 
 # ---------------------------------------------------------------- before the loop, in the order of their use
 
 
 def open_source(args, device):
-    """The data set, with its recipe at the run's crop; fills in the flags that are left open -> source, remarks.
-
-    Raises UserError where flags make no sense."""
+    """The data set, with its recipe at the run's crop; fills in the settings that are left open -> source, remarks,
+    what the data check saw as a picture. Raises UserError where settings make no sense."""
     source, remarks = sources.open_dataset(args.dataset, args.data_root), []
-    for name in RECIPE:
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(source.recipe, name))
+    for s in SETTINGS:
+        if s.default == RECIPE and getattr(args, s.name) is None:
+            setattr(args, s.name, getattr(source.recipe, s.name))
+    rate = bodies.LEARNING_RATES.get(args.body, source.recipe.lr) if source.recipe.crop == 512 else source.recipe.lr
+    args.lr = rate if args.lr is None else args.lr
     args.precision = args.precision or processes.fast_precision(device)
-    for name, (low, high) in RANGES.items():
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: expected {low} to {high}")
+    args.workers = processes.loader_workers() if args.workers is None else args.workers
+    if args.body == "small" and args.body_weights == "default" and args.dataset != "toy":
+        args.body_weights = "none"
+        remarks.append("the body starts from random weights: toy/body.pt knows the toy data set alone")
+    check_spans(SETTINGS, args)
     if args.batch_size % (ranks := processes.world_size()):
         raise UserError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: "
                         f"use {max(args.batch_size // ranks, 1) * ranks}")
-    args.departures = source.departures(steps=args.steps, batch_size=args.batch_size, lr=args.lr, crop=args.crop)
+    args.departures = source.departures(steps=args.steps, batch_size=args.batch_size, crop=args.crop)
+    if source.expected and args.lr != rate:
+        args.departures = ", ".join(filter(None, (args.departures, f"lr {args.lr} instead of {rate}")))
     if args.strict:
         if source.expected:  # a benchmark
             args.departures = ", ".join(filter(None, (args.departures, "images with unseen classes left out")))
@@ -166,14 +208,9 @@ def open_source(args, device):
         remarks.append(f"strict: {len(source.train) - len(kept)} of {len(source.train)} training images are left out, "
                        "as they hold unseen classes")
         source.train = kept
+    found, picture = check(source) if processes.rank() == 0 else ([], None)
     source.recipe = source.recipe.at_crop(args.crop)
-    return source, remarks
-
-
-def start_adapter(adapter, teacher, trainset, blocks, device):
-    """The adapter's tokens start like those that CLIP's last `blocks` blocks get from the views of 64 images."""
-    views = torch.stack([trainset[i, i % len(trainset.files)][2] for i in range(64)]).to(device)
-    adapter.start_like(clip_tokens(teacher.visual, views.float() / 255, blocks))
+    return source, remarks + found, picture
 
 
 def parameter_groups(model, pretrained=True):
@@ -191,10 +228,21 @@ def parameter_groups(model, pretrained=True):
 def run_config(args, source, teacher):
     """All that tells this run from another, as plain values: resume compares it, evaluate.py and predict.py read it."""
     recipe = source.recipe
-    return {**{key: value for key, value in vars(args).items() if key not in NOT_SAVED},
-            "classes": source.classes, "unseen": sorted(source.unseen), "templates": list(source.templates),
-            "test": {"short_side": recipe.short_side, "window": recipe.window, "stride": recipe.stride},
-            "clip_hash": clip.fingerprint(teacher)}
+    config = {**of_part(SETTINGS, args, "data", "method", "run"), "model": of_part(SETTINGS, args, "model"),
+              "departures": args.departures, "classes": source.classes, "unseen": sorted(source.unseen),
+              "templates": list(source.templates), "clip_hash": clip.fingerprint(teacher),
+              "test": {"short_side": recipe.short_side, "window": recipe.window, "stride": recipe.stride},
+              "made_with": processes.provenance()}
+    return json.loads(json.dumps(config))
+
+
+def start_adapter(adapter, teacher, trainset, blocks, device):
+    """The adapter's tokens start like those that CLIP's last `blocks` blocks get from the views of 64 images."""
+    views = torch.stack([trainset[i, i % len(trainset.files)][2] for i in range(64)]).to(device)
+    adapter.start_like(clip_tokens(teacher.visual, views.float() / 255, blocks))
+
+
+# ---------------------------------------------------------------- in the loop
 
 
 def parallel(model, device, compiled):
@@ -208,7 +256,9 @@ def parallel(model, device, compiled):
     return student
 
 
-# ---------------------------------------------------------------- in the loop
+def seed_step(seed, step):
+    """What a body draws (drop path, bases) depends on step and process alone: after --resume it draws the same."""
+    torch.manual_seed((seed * 1_000_003 + step) * processes.world_size() + processes.rank())
 
 
 def set_lr(optimizer, lr):
@@ -223,64 +273,40 @@ def warmup_poly(step, steps, warmup):
 
 
 @torch.no_grad()
-def cls_embeddings(teacher, views):
-    """c: the full CLIP's CLS embeddings. uint8 (B, 3, S, S) -> (B, D), unit length."""
-    return F.normalize(teacher.encode_image(views.float() / 255).float(), dim=-1)
+def teacher_features(teacher, views, precision):
+    """uint8 (B, 3, S, S) -> the full CLIP's CLS embeddings c (B, D), its patches' dense features d (B, n·n, D), both of
+    unit length in fp32."""
+    with processes.autocast(views.device, precision):
+        return [F.normalize(x.float(), dim=-1) for x in teacher.visual.cls_and_patches(views.float() / 255)]
+
+
+def similarity(by, z, c, d, inside):
+    """a_i, by which SGD selects: how similar each position is to c -> (B, N). by: whose dense features, "teacher" (d,
+    brought to the student's grid) or "student" (z)."""
+    if by == "student":
+        return torch.einsum("bdn,bd->bn", losses.fp32(z.detach()).flatten(2), c)
+    return losses.at_positions(losses.teacher_similarity(c, d), inside)
 
 
 # ---------------------------------------------------------------- after the loop
 
 
-def share_statistics(model):
-    """On CPUs each process has its own batch norm statistics. All test with the saved ones, the first process's."""
-    if processes.world_size() > 1:
+def test(args, device, source, model, config, log):
+    model.set_classes(source.classes, source.templates)
+    if processes.world_size() > 1:  # on CPUs each process has its own batch norm statistics; the first one's are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+    result = evaluate.evaluate(model, source, device, args.precision)
+    result |= {"checkpoint": str(log.out / "last.pt"), "precision": args.precision, "departures": config["departures"],
+               "made_with": config["made_with"]}
+    if processes.rank() == 0:
+        evaluate.report(result, model, source, device, args.precision, log.out)
+        log.scores(result["gamma_0"])
+    return result
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = "(default: the data set's recipe)"
-
-    group = parser.add_argument_group("data").add_argument
-    group("--dataset", default="toy", metavar="NAME", help=f"{', '.join(sources.NAMES)}, or a folder of own data "
-          "(default: toy)")
-    group("--data-root", metavar="FOLDER", help="its folder (default: data/NAME, or the folder itself)")
-    group("--strict", action="store_true", help="leave out training images with unseen pixels, instead of ignoring "
-          "those pixels")
-    group("--crop", type=int, metavar="PIXELS", help=f"side of a training crop; test sizes scale with it {recipe}")
-
-    group = parser.add_argument_group("method").add_argument
-    group("--clip", metavar="NAME|FILE", help=f"{', '.join(clip.MODELS)}, a file or a folder {recipe}")
-    group("--body", choices=bodies.BODIES, metavar="NAME", help=f"{', '.join(bodies.BODIES)} {recipe}")
-    group("--body-weights", default="default", metavar="default|none|FILE", help="ImageNet weights (default: default)")
-    group("--head", choices=("csh", "linear", "random"), default="csh", help="csh; the controls: linear (no weights "
-          "of CLIP), random (CSH's shape, random frozen weights) (default: csh)")
-    group("--frozen-blocks", type=int, default=1, metavar="N", help="CLIP blocks in the head; the adapter starts "
-          "at what these blocks get inside CLIP (default: 1)")
-    group("--temperature", type=float, metavar="TAU", help="τ of the text logits (default: CLIP's own)")
-    group("--sgd-weight", type=float, default=0.2, metavar="λ", help="λ_sgd; 0: no SGD, the teacher does not run "
-          "(default: 0.2)")
-    group("--k-end", type=float, default=0.1, metavar="SHARE", help="share of the positions that SGD selects at the "
-          "end; 1: all of them throughout (default: 0.1)")
-    group("--sam-weight", type=float, default=0.3, metavar="λ", help="λ_sam; 0: no SAM (default: 0.3)")
-
-    group = parser.add_argument_group("run").add_argument
-    group("--steps", type=int, help=f"optimiser steps; warm-up scales with them {recipe}")
-    group("--batch-size", type=int, help=f"images per step, all processes together {recipe}")
-    group("--lr", type=float, help=f"AdamW's peak rate {recipe}")
-    group("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
-    group("--out-dir", type=Path, metavar="FOLDER", help="run folder (default: runs/<dataset>)")
-    group("--resume", action="store_true", help="go on from last.pt in the run folder")
-    group("--save-every", type=int, default=500, metavar="STEPS", help="steps between saves (default: 500)")
-    group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp32"), help="of body, head and teacher; losses are fp32 (default: bf16 "
-          "where it is faster: CUDA since Ampere, CPUs with AMX)")
-    group("--workers", type=int, default=2, help="loader processes for each training process (default: 2)")
-    group("--compile", action="store_true", help="torch.compile the student: a slow start, then faster steps")
-    group("--deterministic", action="store_true", help="PyTorch's deterministic kernels where it has them, slower")
-    return parser.parse_args(argv)
+    return parser(SETTINGS, "python train.py [flags]", __doc__).parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A body is any nn.Module from ImageNet-normalised images (B, 3, H, W) to (B, C, h
 name: its module in a file here, its name in BODIES, and two lines in `build_body` below those of `small`. Or give the
 module itself to model.build. `channels_last` makes most convolutions faster.
 
-    small          for the toy data set, from random weights, stride 4
+    small          for the toy data set, stride 4
     segnext-t … l  SegNeXt, the nearest to the authors' earlier papers, stride 16
     resnet50 …     torchvision's, with a light decoder, stride 16
 """
@@ -21,6 +21,8 @@ from support.processes import first_on_machine
 
 SEGNEXT = {f"segnext-{size}": size for size in SIZES}
 BODIES = ("small", *SEGNEXT, *TORCHVISION)
+LEARNING_RATES = {}
+SMALL = Path(__file__).parent.parent / "toy" / "body.pt"  # made by python -m toy.pretrain
 STRIDE = 16  # OURS: CLIP ViT-B/16's own grid. At 8 the head's frozen block costs six times as much
 
 
@@ -31,11 +33,15 @@ class ModelError(UserError):
 def build_body(name, weights="default"):
     """A name of BODIES -> the body. weights: "default" (ImageNet's, downloaded once), "none", or a file.
 
-    The file is in the publisher's own format: torchvision's, or MSCAN's for SegNeXt. Raises ModelError."""
+    The file is in the publisher's own format: torchvision's, or MSCAN's for SegNeXt. The default of `small` lies in
+    this repository and knows scenes of the toy data set. Raises ModelError."""
     if name not in BODIES:
         raise ModelError(f"no body {name!r}: choose one of {', '.join(BODIES)}")
     if name == "small":
-        return channels_last(SmallBody())  # no ImageNet weights exist
+        body = SmallBody()
+        if weights != "none":
+            body.load_state_dict(torch.load(SMALL if weights == "default" else weights, weights_only=True))
+        return channels_last(body)
     if name in SEGNEXT:
         body, url = SegNeXt(SEGNEXT[name], STRIDE), WEIGHTS[SEGNEXT[name]]  # its depthwise convolutions: not faster
     else:

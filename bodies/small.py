@@ -1,4 +1,4 @@
-"""SmallBody: the body for the toy data set, trained from scratch.
+"""SmallBody: the body for the toy data set. toy/body.pt has weights for it that know scenes of emoji.
 
 Symbols: B images, C body channels.
 """
@@ -28,23 +28,34 @@ class Residual(nn.Module):
         return F.gelu(x + self.layers(x))
 
 
+class Backbone(nn.Module):
+    """(B, 3, H, W) -> three stages (B, C_i, h_i, w_i) at strides 4, 8 and 16."""
+
+    def __init__(self, width):
+        super().__init__()
+        down = partial(conv, size=3, stride=2)
+        self.fine = nn.Sequential(down(3, width // 2), down(width // 2, width), Residual(width))
+        self.middle = nn.Sequential(down(width, 2 * width), Residual(2 * width), Residual(2 * width))
+        self.coarse = nn.Sequential(down(2 * width, 2 * width), Residual(2 * width), Residual(2 * width))
+
+    def forward(self, x):
+        fine = self.fine(x)
+        middle = self.middle(fine)
+        return fine, middle, self.coarse(middle)
+
+
 class SmallBody(nn.Module):
-    """Body for the toy data set: strides 4, 8 and 16, fused at stride 4. 1.5 M parameters, no pretraining (OURS)."""
+    """Body for the toy data set: strides 4, 8 and 16, fused at stride 4. 1.5 M parameters (OURS)."""
 
     def __init__(self, width=64):
         super().__init__()
-        down = partial(conv, size=3, stride=2)
         self.out_channels = 2 * width
-        self.fine = nn.Sequential(down(3, width // 2), down(width // 2, width), Residual(width))  # stride 4
-        self.middle = nn.Sequential(down(width, 2 * width), Residual(2 * width), Residual(2 * width))  # stride 8
-        self.coarse = nn.Sequential(down(2 * width, 2 * width), Residual(2 * width), Residual(2 * width))  # stride 16
+        self.backbone = Backbone(width)
         self.fuse = conv(5 * width, 2 * width, 1)
 
     def forward(self, x):
         """(B, 3, H, W) -> (B, 128, ⌈H/4⌉, ⌈W/4⌉)"""
-        fine = self.fine(x)
-        middle = self.middle(fine)
-        stages = [s.contiguous(memory_format=torch.channels_last)  # on GPUs small grids are slow to upsample otherwise
-                  for s in (middle, self.coarse(middle))]
-        stages = [F.interpolate(s, fine.shape[-2:], mode="bilinear", align_corners=False) for s in stages]
-        return self.fuse(torch.cat([fine, *stages], dim=1))
+        fine, *rest = self.backbone(x)
+        rest = [s.contiguous(memory_format=torch.channels_last) for s in rest]  # else GPUs upsample small grids slowly
+        rest = [F.interpolate(s, fine.shape[-2:], mode="bilinear", align_corners=False) for s in rest]
+        return self.fuse(torch.cat([fine, *rest], dim=1))

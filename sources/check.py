@@ -16,10 +16,10 @@ CHECKED = 100  # images of each part that are decoded, evenly spread
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
-def check(source, picture=None):
-    """Looks at a data set -> remarks, a line each. Raises DataError.
+def check(source):
+    """Looks at a data set -> remarks, a line each, and a picture. Raises DataError.
 
-    picture: file for a training sample (labels as the losses see them) and a test sample. Only this picture can show
+    The picture (Pillow) has a training sample, with labels as the losses see them, and a test sample. Only it can show
     that the masks of own data follow another order than classes.txt."""
     check_table(source)
     remarks, samples = [], []
@@ -42,12 +42,10 @@ def check(source, picture=None):
             names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
             remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(masks)} "
                            f"{part} masks looked at (of {len(files)}): {names}")
-    if picture:
-        shown = {k for _, labels in samples for k in labels.unique().tolist()}
-        names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
-        rows = [[image, pictures.coloured(labels)] for image, labels in samples]
-        pictures.save(pictures.sheet(rows, ("image", "labels (white: no class)"), names), picture)
-    return remarks
+    shown = {k for _, labels in samples for k in labels.unique().tolist()}
+    names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
+    rows = [[image, pictures.coloured(labels)] for image, labels in samples]
+    return remarks, pictures.sheet(rows, ("image", "labels (white: no class)"), names)
 
 
 def check_table(source):
@@ -113,7 +111,9 @@ def main(args):
     source = open_dataset(args.dataset, args.data_root)
     print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
           f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
-    for remark in check(source, args.picture):
+    remarks, picture = check(source)
+    pictures.save(picture, args.picture)
+    for remark in remarks:
         print(remark)
     print(f"no error in up to {CHECKED} training and {CHECKED} test images; are the labels in {args.picture} right?")
 

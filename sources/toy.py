@@ -6,7 +6,7 @@ from sources.files import DataError
 from sources.folder import open_folder
 from toy import world
 
-TOY = Recipe(steps=1000, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
+TOY = Recipe(steps=300, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
              body="small", clip="toy/clip.pt", short_side=world.SIZE, window=world.SIZE, stride=48)
 
 
@@ -19,5 +19,5 @@ def open_toy(root):
     if source.classes != world.CLASSES:
         raise DataError(f"{root} was not drawn by this version: delete it, and `python -m toy.world --root {root}` "
                         f"draws it again; to train on it as it is, use --dataset {root}")
-    source.demo = (root / "demo.png", (*world.DEMO, *world.STUFF))
+    source.demo = (root / "demo.png", (*world.DEMO, *world.GROUNDS))
     return source

@@ -1,14 +1,10 @@
-"""Checkpoints: written whole or not at all, read as data, resumed exactly.
-
-    last.pt     the newest state of the run
-    former.pt   the previous save; until a new run's second save, the last state of the previous run
+"""Runs on the disk: a folder for each, checkpoints written whole or not at all, read as data, resumed exactly.
 
 There is no best.pt: choosing it needs the test set. No random state is saved: the order of the images, the crops and
 every other draw follow from the seed, the step and the process.
 """
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,18 +13,15 @@ from support import UserError, first_line
 from support.archive import check_tensors, read_archive
 from support.processes import from_first, rank, world_size
 
-FORMAT = 2  # of the file; raise it when older ones can no longer be read
-MAY_CHANGE = ("data_root", "lr", "clip", "precision", "departures")  # by --resume; anything else is another run
-KINDS = {"model": dict, "optimizer": dict, "step": int, "bank": torch.Tensor, "config": dict, "processes": int}
-SETTINGS = {"clip": str, "clip_hash": str, "dataset": str, "data_root": str | None, "body": str,
-            "body_weights": str, "head": str, "frozen_blocks": int, "steps": int, "crop": int,
-            "temperature": float | None, "departures": str, "classes": list, "unseen": list, "templates": list,
-            "test": dict}  # what evaluate.py and predict.py need of the config
-TEST = {"short_side": int, "window": int, "stride": int}
+FORMAT = 3  # of the file; raise it when older ones can no longer be read
+KINDS = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "bank": torch.Tensor, "config": dict,
+         "processes": int}  # what it holds
+RUNS = Path("runs")
+LOCKS = []  # open files; closing one would give its lock back
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, of another run, or that cannot be written."""
+    """A run or checkpoint that is missing, damaged, in use, of other settings, or that cannot be written."""
 
 
 # ---------------------------------------------------------------- writing
@@ -37,7 +30,7 @@ class CheckpointError(UserError):
 def atomic(path, write):
     """Calls write(temporary path beside `path`), syncs, renames: a reader sees the old file or the whole new one.
 
-    Makes the folder if need be. If writing fails, the temporary file is removed; after a kill, `begin` removes it."""
+    Makes the folder if need be. If writing fails, the temporary file is removed; after a kill, `open_run` does it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
@@ -50,35 +43,35 @@ def atomic(path, write):
         partial.unlink(missing_ok=True)
 
 
-def save(out, model, optimizer, step, bank, config):
-    """Writes out/last.pt, the state before `step`; the last.pt before it becomes former.pt. Only the first process
-    writes. Raises CheckpointError if a value is not finite or the disk is full: last.pt then stays as it was.
+def write_json(path, content):
+    atomic(path, lambda partial: partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+                                                    encoding="utf-8"))
+
+
+def save(out, config, model, optimizer, scaler, step, bank):
+    """Writes out/last.pt, the state before `step`. Only the first process writes. Raises CheckpointError if a value is
+    not finite or the disk takes no more: last.pt then stays as it was.
 
     Tensors and plain values only, so that `weights_only` loads it; no weight of CLIP."""
     if rank():
         return
     state, last = model.trained_state(), out / "last.pt"
     if bad := [name for name, tensor in [*state.items(), ("the bank", bank)] if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{bad[0]} is not finite before step {step}: not saved, {last} is as it was")
-    checkpoint = {"format": FORMAT, "model": state, "optimizer": optimizer.state_dict(), "step": step, "bank": bank,
-                  "config": config, "processes": world_size()}
+        raise CheckpointError(f"{bad[0]} is not finite before step {step}: not saved, {last} is as it was; go on from "
+                              "there with --resume and a lower --lr")
+    checkpoint = {"format": FORMAT, "model": state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "step": step, "bank": bank, "config": config, "processes": world_size()}
 
     def write(partial):
-        torch.save(checkpoint, partial)
-        if last.exists():  # only now that the new one is on the disk
-            atomic(out / "former.pt", keep)
-
-    def keep(partial):
-        try:
-            os.link(last, partial)
-        except OSError:  # a file system without links
-            shutil.copyfile(last, partial)
+        with open(partial, "wb") as file:  # a file of Python's own names the cause of an error
+            torch.save(checkpoint, file)
 
     try:
         atomic(last, write)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"step {step} could not be saved in {out} ({first_line(error)}): is the disk full? "
-                              "last.pt is unchanged, --resume continues from it") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        kept = "--resume continues from the last save" if last.is_file() else "nothing was saved before"
+        raise CheckpointError(f"step {step} could not be saved as {last} ({first_line(cause)}): {kept}") from None
 
 
 # ---------------------------------------------------------------- reading
@@ -87,119 +80,147 @@ def save(out, model, optimizer, step, bank, config):
 def read_checkpoint(path):
     """last.pt of train.py -> its dict of plain values and tensors; nothing in the file is run.
 
-    Raises CheckpointError, which offers former.pt if that one is whole."""
+    Raises CheckpointError."""
     path = Path(path)
-    former = path.with_name("former.pt")
-    try:
-        return read(path)
-    except CheckpointError as error:
-        if path.name != "last.pt" or not former.is_file():
-            raise
-        step = read(former)["step"]
-        if path.exists():
-            raise CheckpointError(f"{error}; the save before it, {former} of step {step}, is whole: rename it to "
-                                  "last.pt to go on from there") from None
-        raise CheckpointError(f"no {path}: the newest run in this folder ended before its first save. {former} of step "
-                              f"{step} is of the previous run: rename it to last.pt to use it, or train again without "
-                              "--resume") from None
-
-
-def read(path):
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}: train one with python train.py")
     try:
         saved = read_archive(path)
-        if saved.get("format") == FORMAT:
-            check(saved, path)
+        if (found := saved.get("format")) == FORMAT:
+            for key, kind in KINDS.items():
+                if not isinstance(saved[key], kind):
+                    raise TypeError(f"its {key} is {str(saved[key])[:40]!r}")
+            check_tensors({**saved["model"], "bank": saved["bank"]}, path)
+            json.dumps(saved["config"])  # plain values, and lists and dicts of them
             return saved
     except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
         with open(path, "rb") as file:
             what = "is truncated or damaged, or no checkpoint" if file.read(2) == b"PK" else "is no checkpoint"
         reason = first_line(str(error).replace(f"{path} ", "it "))  # a long path would push the rest out
         raise CheckpointError(f"{path} {what} of train.py ({type(error).__name__}: {reason})") from None
-    raise CheckpointError(f"{path} was written by an older version of this code (or is no checkpoint of train.py): "
-                          "train anew, or use that version")
+    raise CheckpointError(f"{path} has format {str(found)[:20]}, this code reads {FORMAT}: it is of another version, "
+                          "or no checkpoint of train.py. Train anew, or use that version")
 
 
-def check(saved, path):
-    """Raises an error, of any type, unless all that is read later is there and of the right type."""
-    config = saved["config"]
-    for holder, kinds in ((saved, KINDS), (config, SETTINGS), (config["test"], TEST)):
-        for key, kind in kinds.items():
-            if not isinstance(holder[key], kind):
-                raise TypeError(f"its {key} is {str(holder[key])[:40]!r}")
-    for key in ("classes", "templates"):
-        if not config[key] or not all(isinstance(text, str) for text in config[key]):
-            raise TypeError(f"its {key} are no list of texts")
-    if not set(config["unseen"]) <= set(range(len(config["classes"]))):
-        raise ValueError("its unseen classes are none of its classes")
-    if saved["step"] < 0 or min(config["test"].values()) < 1:
-        raise ValueError("its step or a test size is too small")
-    json.dumps(config)  # plain values, and lists and dicts of them
-    check_tensors({**saved["model"], "bank": saved["bank"]}, path)
-
-
-def newest_run(root="runs"):
-    """-> path of the last.pt that was written last."""
-    found = sorted(Path(root).glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+def newest_run(name="*"):
+    """-> path of the last.pt that was written last, under runs/."""
+    found = sorted(RUNS.glob(f"{name}/last.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise CheckpointError(f"no run under {root}/: train one with python train.py, or name --checkpoint FILE")
+        raise CheckpointError(f"no run under {RUNS}/: train one with python train.py, or name --checkpoint FILE")
     return found[-1]
 
 
 # ---------------------------------------------------------------- the start of a run
 
 
-def begin(out, model, optimizer, bank, config, again):
-    """Readies the run folder, and goes on from its last.pt if `again` -> first step, bank (M, D), remarks.
+def open_run(out, name, config, may_change, again):
+    """The folder of a run, made or found again, and its checkpoint -> folder, what was saved or None, remarks.
 
-    All processes call it; only the first needs the folder and writes into it. Call it when nothing else can fail, as
-    a new run moves the previous run's files. bank: the empty one of a new run, (0, D)."""
-    step, remarks = 0, []
-    if again:
-        step, bank, remarks = resume(out / "last.pt", model, optimizer, bank, config)
-    if rank():
-        return step, bank, remarks
-    if not again:
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "former.pt")
-            remarks.append(f"{out}/last.pt of the previous run is now former.pt, until this run's second save")
-        for name in ("metrics.json", "preview.png", "curves.png"):
-            (out / name).unlink(missing_ok=True)
-    atomic(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+    out    --out-dir: a new folder, or with `again` (--resume) a run's or a new one. None: a new folder runs/NAME,
+           runs/NAME-2, … or with `again` the newest run of this name and these settings
+    All processes call it; only the first needs the folder and reads and writes in it. The folder is locked until that
+    process ends. Call it when nothing else can fail. Raises CheckpointError."""
+    return from_first(lambda: _open_run(out, name, config, may_change, again))
+
+
+def _open_run(out, name, config, may_change, again):
+    if out is None:
+        out = newest_like(name, config, may_change) if again else new_folder(name)
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    if not again and (out / "config.json").exists():
+        raise CheckpointError(f"{out} holds a run: --resume continues it, another --out-dir starts a new one")
     for partial in out.glob(".partial.*"):  # of processes that were killed in `atomic`
         partial.unlink(missing_ok=True)
-    log, kept = out / "log.jsonl", []
-    if again and log.exists():
-        kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if earlier(line, step)]
+    saved, remarks = None, []
+    if again and (out / "last.pt").exists():
+        saved = read_checkpoint(out / "last.pt")
+        refused, remarks = differences(saved["config"], config, may_change)
+        if refused:
+            raise CheckpointError(f"{out} cannot be resumed with other settings: {', '.join(refused)}. Use the old "
+                                  "ones, or start a new run without --resume")
+        done = " (its end: it is tested again)" if saved["step"] >= config["steps"] else ""
+        remarks = [f"resume  continues {out} at step {saved['step']}{done}", *(f"resume  {r}" for r in remarks)]
+        if (was := saved["processes"]) != world_size():
+            remarks.append(f"resume  {was} processes before, {world_size()} now: the same batches, other rounding")
+    write_json(out / "config.json", config)
+    log, step = out / "log.jsonl", saved["step"] if saved else 0
+    kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if earlier(line, step)] \
+        if log.exists() else []
     atomic(log, lambda path: path.write_text("".join(kept)))
-    return step, bank, remarks
+    return out, saved, remarks
 
 
-def resume(path, model, optimizer, empty, config):
-    """Loads the checkpoint, which only the first process must have -> next step, bank, remarks.
+def new_folder(name):
+    """runs/NAME, or runs/NAME-2, …: the first that no other process has made."""
+    RUNS.mkdir(exist_ok=True)
+    number = 1
+    while True:
+        out = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            out.mkdir()
+            return out
+        except FileExistsError:
+            number += 1
 
-    Raises CheckpointError, also if the settings are not those of the run."""
-    saved = from_first(lambda: read_checkpoint(path))
-    remarks, refused = [], []
-    for key in config:
-        if (was := saved["config"].get(key)) != config[key]:
-            (remarks if key in MAY_CHANGE else refused).append(f"{key} was {str(was)[:60]}, is {str(config[key])[:60]}")
-    if refused:
-        raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(refused)}. Use the old "
-                              "ones, or start a new run in another --out-dir")
-    if (was := saved["processes"]) != world_size():
-        remarks.append(f"{was} processes before, {world_size()} now: the same batches, other rounding")
+
+def newest_like(name, config, may_change):
+    """The newest of runs/NAME, runs/NAME-2, … whose settings allow it to be resumed with `config`."""
+    found, refused = [], []
+    for path in RUNS.glob(f"{name}*/config.json"):
+        if path.parent.name.removeprefix(name).lstrip("-").isdigit() or path.parent.name == name:
+            found.append(path)
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            refused.append(differences(json.loads(path.read_text(encoding="utf-8")), config, may_change)[0])
+        except (ValueError, AttributeError):  # edited by hand, or torn by a full disk
+            refused.append(["its config.json cannot be read"])
+        if not refused[-1]:
+            return path.parent
+    if not found:
+        raise CheckpointError(f"no run {RUNS}/{name} to resume: drop --resume to start one, or name its --out-dir")
+    raise CheckpointError(f"none of the {len(found)} runs {RUNS}/{name}… has these settings; the newest differs in "
+                          f"{', '.join(refused[0])}. Use its settings, or drop --resume to start a new run")
+
+
+def differences(was, now, may_change):
+    """Two configs -> what forbids to go on, and what does not, in words."""
+    words = {key: f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}" for key in now
+             if was.get(key) != now[key]}
+    return ([text for key, text in words.items() if key not in may_change],
+            [text for key, text in words.items() if key in may_change])
+
+
+def lock(folder):
+    """Until this process ends, no other may train in `folder`. Loader processes do not hold the lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise CheckpointError(f"{folder} is in use by another training: let it end, or give another "
+                              "--out-dir") from None
+    except OSError:  # a file system without locks
+        pass
+    LOCKS.append(file)
+
+
+def restore(saved, model, optimizer, scaler, bank):
+    """What `open_run` found -> the next step, the bank (M, D). bank: the empty one of a new run, (0, D)."""
     model.load_trained_state(saved["model"])
     try:
         optimizer.load_state_dict(saved["optimizer"])
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         fits = all(x.shape in (p.shape, ()) for p, state in optimizer.state.items() for x in state.values())
     except Exception:  # load_state_dict trusts what it is given
         fits = False
-    if not fits or saved["bank"].shape[1:] != empty.shape[1:]:
-        raise CheckpointError(f"{path}: its optimiser or bank is not of this model: train anew")
-    remarks = [f"resume  allowed: {remark}" for remark in remarks]
-    return saved["step"], saved["bank"], [f"resume  continues at step {saved['step']}", *remarks]
+    if not fits or saved["bank"].shape[1:] != bank.shape[1:]:
+        raise CheckpointError("the checkpoint's optimiser or bank is not of this model: train anew")
+    return saved["step"], saved["bank"]
 
 
 def earlier(line, step):

@@ -1,9 +1,13 @@
 """What a run tells its user while it trains: the first lines, a line every few steps, log.jsonl, curves.png."""
 import json
+import math
 import time
 from datetime import timedelta
 
-from support import pictures, processes
+import torch
+import torch.distributed as dist
+
+from support import UserError, pictures, processes
 
 
 class Log:
@@ -15,41 +19,47 @@ class Log:
         self.out, self.steps, self.start, self.warm = out, steps, time.time(), None
         self.silent = processes.rank() > 0
 
-    def say(self, text):
+    def say(self, *lines):
         if not self.silent:
-            print(text, flush=True)
+            print(*lines, sep="\n", flush=True)
 
     def write(self, **line):
         if not self.silent:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({**line, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
-    def opening(self, args, source, model, remarks, device):
+    def opening(self, args, source, model, remarks, device, data_picture):
+        """The first lines; what the data check saw goes into data.png."""
+        if self.silent:
+            return
+        pictures.save(data_picture, self.out / "data.png")
         names = [source.classes[k].split(",")[0] for k in sorted(source.unseen)]
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
         if args.departures:
             remarks = [*remarks, f"not the benchmark's protocol: {args.departures}"]
-        for remark in remarks:
-            self.say(remark)
-        self.say(f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images\n"
+        self.say(*remarks,
+                 f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images",
                  f"classes {len(source.seen)} seen, {len(names)} unseen{': ' * bool(names)}{', '.join(names[:6])}"
-                 f"{' …' * (len(names) > 6)}; their labels reach no loss\n"
-                 f"model   {args.body} body, {args.head} head: {trained / 1e6:.2f} M parameters trained, "
-                 f"{frozen / 1e6:.2f} M frozen; teacher {args.clip}\n"
+                 f"{' …' * (len(names) > 6)}; their labels reach no loss",
+                 f"model   {args.body} body, {args.head} head: {trained:.2f} M parameters trained, {frozen:.2f} M "
+                 f"frozen; teacher {args.clip}",
                  f"run     {args.steps} steps of {args.batch_size} images on {processes.world_size()} × {device.type}, "
-                 f"{args.precision}, into {self.out}/")
+                 f"{args.precision}, {args.workers} loader processes each, into {self.out}/")
 
-    def step(self, step, numbers, k, lr):
+    def step(self, step, n, k, lr, keys):
+        """n: what `read` gives. k: positions that SGD selects, (B,). keys: CLS embeddings among which SGD finds an
+        image's own; by chance its loss is the logarithm of their number."""
         seconds, k = time.time() - self.start, k.float().mean().item()  # of the first process's images
+        values = n | {"sgd_chance": math.log(keys), "k": k, "lr": lr}
         if self.warm:  # the first step, which starts all up, is left out
             pace = (seconds - self.warm[1]) / (step - self.warm[0])
             eta = timedelta(seconds=round(pace * (self.steps - step - 1)))
-        self.say(f"step {step:5d}/{self.steps}  loss {numbers['loss']:.3f}  seg {numbers['loss_seg']:.3f}  "
-                 f"sgd {numbers['loss_sgd']:.3f}  sam {numbers['loss_sam']:.3f}  k {k:.0f}  lr {lr:.1e}"
+        self.say(f"step {step:5d}/{self.steps}  loss {n['loss']:.3f}  seg {n['seg']:.3f}  sgd {n['sgd']:.3f} of "
+                 f"{math.log(keys):.2f}  sam {n['sam']:.3f}  norm {n['norm']:.2g}  k {k:.0f}  lr {lr:.1e}"
                  + (f"  {pace:.2f} s per step, {eta} left" if self.warm else ""))
         self.warm = self.warm or (step, seconds)
-        self.write(step=step, **{name: numbers[name] for name in numbers if name != "gradient"}, k=k, lr=lr)
+        self.write(step=step, **{key: value for key, value in values.items() if math.isfinite(value)})
 
     def scores(self, scores):
         self.write(step=self.steps, **{key: scores[key] for key in ("mIoU_seen", "mIoU_unseen", "hIoU")})
@@ -59,3 +69,22 @@ class Log:
     def curves(self):
         if not self.silent:
             pictures.save(pictures.curves(self.out / "log.jsonl"), self.out / "curves.png")
+
+
+def read(**values):
+    """Scalars of this process, on its device -> {name: float}, means over processes. This waits for the device."""
+    stacked = torch.stack([torch.as_tensor(value).detach().float() for value in values.values()])
+    if processes.world_size() > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / processes.world_size()).tolist()))
+
+
+def check_finite(numbers, step, saved, norm):
+    """Raises UserError unless the losses are finite; with `norm` the gradient's norm too (with fp16's loss scaling a
+    step whose gradient is not finite is skipped). saved: the step of the last save, None before the first."""
+    if all(math.isfinite(value) for name, value in numbers.items() if norm or name != "norm"):
+        return
+    parts = ", ".join(f"{name} {numbers[name]:.4g}" for name in numbers if name != "clipped")
+    raise UserError(f"not finite at step {step}: {parts}; nothing of it is saved. " + (
+        f"--resume continues from step {saved}; try a lower --lr" if saved is not None else
+        "Nothing was saved before: start anew, and try a lower --lr"))

@@ -4,10 +4,14 @@ Without a launcher there is one process, and the functions here do nothing speci
 """
 import contextlib
 import os
+import platform
+import subprocess
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torchvision
 
 from support import UserError
 
@@ -36,22 +40,43 @@ def start(name=None):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"WORLD_SIZE is set in the environment, {missing[0]} is not: start with torchrun, which "
+                            "sets both, or unset WORLD_SIZE")
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def fast_precision(device):
-    """bf16 where it is the faster one (CUDA since Ampere, CPUs with AMX), else fp32. All processes get one answer."""
+    """The fastest one: on CUDA bf16 since Ampere, fp16 before; on CPUs bf16 with AMX. Else fp32. One answer for all."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     else:  # without AMX a CPU's bf16 is slower than its fp32 here, AVX512-BF16 or not
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return from_first(lambda: "bf16" if fast else "fp32")
+        amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        fast = "bf16" if amx else "fp32"
+    return from_first(lambda: fast)
 
 
 def autocast(device, precision):
-    """Matrix products in bf16 if `precision` says so; never on MPS, where PyTorch's autocast is not complete."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type != "mps")
+    """Matrix products in `precision`; on MPS always in fp32, as PyTorch's autocast is not complete there."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32" and device.type != "mps")
+
+
+def provenance():
+    """What a result was made with: {"commit", "torch", "torchvision", "device"}; the commit is None without git."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True,
+                         text=True)
+    return {"commit": git.stdout.strip() or None, "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"}
+
+
+def loader_workers():
+    """How many loader processes suit each training process: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8), 1)
 
 
 def world_size():

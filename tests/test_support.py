@@ -1,6 +1,7 @@
 """Interrupted, resumed, fed with garbage: nothing is lost, nothing is run, and what is wrong is said in one line."""
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -8,19 +9,20 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_inside
+from conftest import ROOT, run_inside
 from PIL import Image
 
-import data
+import losses
 import train
-from support import UserError, checkpoint, command, pictures
+from support import checkpoint, command, pictures
 from support.checkpoint import CheckpointError
 from toy import world
 
@@ -53,9 +55,9 @@ def same(a, b):
 
 
 def log(out):
-    """The log's lines, without the time they took."""
+    """The log's lines, without the time they took and the share of steps since the last line that were clipped."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "clipped")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +76,15 @@ def whole(flags, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped(flags, tmp_path_factory):
     """The same with a signal in the middle of step 3: it saved at steps 2 and 4."""
-    out, admit, handler = tmp_path_factory.mktemp("stopped"), command.Watch.admit, signal.getsignal(signal.SIGTERM)
+    out, seed_step, handler = tmp_path_factory.mktemp("stopped"), train.seed_step, signal.getsignal(signal.SIGTERM)
 
-    def interrupt(self, step, *more):
+    def interrupt(seed, step):
         for _ in range(2 * (step == 3)):  # launchers repeat it
             os.kill(os.getpid(), signal.SIGTERM)
-        admit(self, step, *more)
+        seed_step(seed, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command.Watch, "admit", interrupt)
+        patch.setattr(train, "seed_step", interrupt)
         status, text, _ = run_inside(train, *flags, "--out-dir", out)
     assert status == 0 and "stopped after step 3" in text and "--resume goes on" in text
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -97,25 +99,21 @@ def out(stopped, tmp_path):
 # ---------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("how", ["full disk", "no links"])
-def test_a_save_that_fails_leaves_the_last_and_the_former_checkpoint(how, out, flags, monkeypatch):
-    def none(*_):
-        raise OSError("Operation not permitted")
-
-    before, (soft, hard) = {p.name: p.read_bytes() for p in out.glob("*.pt")}, resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert load(out / "last.pt")["step"] == 4 and load(out / "former.pt")["step"] == 2
-    broken = SimpleNamespace(trained_state=lambda: {"weight": torch.tensor(torch.inf)})
-    with pytest.raises(CheckpointError, match="weight is not finite before step 5: not saved"):
-        checkpoint.save(out, broken, None, 5, torch.empty(0, 3), {})
-    if how == "full disk":  # no file may become larger than half a checkpoint
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.pt"]) // 2, hard))
-    else:  # neither hard links nor room for a copy
-        monkeypatch.setattr(os, "link", none)
-        monkeypatch.setattr(shutil, "copyfile", none)
-    words = run_inside(train, *flags, "--out-dir", out, "--resume")[2]
+@pytest.mark.parametrize("how, words", [("full", "File too large"), ("folder", "Is a directory"),
+                                        ("inf", "not finite")])
+def test_a_save_that_fails_leaves_the_last_checkpoint_and_names_the_cause(how, words, out, flags, monkeypatch):
+    before, (soft, hard) = (out / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if how == "full":  # no file may become larger than half a checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    elif how == "folder":  # in the way of the temporary file
+        (out / f".partial.{os.getpid()}.last.pt").mkdir()
+        monkeypatch.setattr(checkpoint.Path, "unlink", lambda self, missing_ok=False: None)
+    else:
+        monkeypatch.setattr(losses, "push", lambda bank, c: bank + torch.inf)
+    found = run_inside(train, *flags, "--out-dir", out, "--resume")[2]
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.fullmatch(r"error: step 6 could not be saved[^\n]*is the disk full\?[^\n]*", words), words
-    assert {p.name: p.read_bytes() for p in out.glob("*.pt")} == before and not list(out.glob(".*"))
+    assert re.fullmatch(rf"error: [^\n]*{words}[^\n]*", found) and "--resume" in found, found
+    assert (out / "last.pt").read_bytes() == before
 
 
 # ---------------------------------------------------------------- reading
@@ -126,7 +124,7 @@ def refused(out, words):
         checkpoint.read_checkpoint(out / "last.pt")
 
 
-def test_damaged_and_hostile_files_are_named_and_the_former_offered(out):
+def test_damaged_and_hostile_files_are_named(out):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {out}/ran",)
@@ -146,33 +144,29 @@ def test_damaged_and_hostile_files_are_named_and_the_former_offered(out):
             (saved({"format": checkpoint.FORMAT, "model": {"a": Evil()}, "config": {}}), "is truncated"),
             (saved({"model": Evil()}, _use_new_zipfile_serialization=False), "is no checkpoint")):
         (out / "last.pt").write_bytes(bad)
-        refused(out, f"{out}/last.pt .*{words}.*{out}/former.pt of step 2, is whole: rename it to last.pt.*")
-    (out / "former.pt").unlink()
-    refused(out, r"last.pt is no checkpoint of train.py \([^;]*\)")
+        refused(out, f"{out}/last.pt .*{words}.*")
     assert not (out / "ran").exists()
 
 
 @pytest.mark.parametrize("key, value", [
-    ("clip", 3), ("body", ["small"]), ("frozen_blocks", "1"), ("temperature", "1"), ("head", None), ("templates", [3]),
-    ("templates", []), ("classes", [1, 2]), ("unseen", [28]), ("unseen", ["cat"]), ("crop", torch.zeros(2)),
-    ("test", {}), ("test", {"short_side": 64, "window": 0, "stride": 4}), ("extra", {1, 2}), ("step", -1),
-    ("step", "4"), ("bank", torch.full((2, 3), torch.nan)), ("model", {"weight": torch.zeros(1).expand(10 ** 12)}),
-    ("model", {3: torch.zeros(2)}), ("format", 1)])
+    ("extra", {1, 2}), ("step", "4"), ("bank", torch.full((2, 3), torch.nan)), ("scaler", None), ("format", 1),
+    ("model", {"weight": torch.zeros(1).expand(10 ** 12)}), ("model", {3: torch.zeros(2)})])
 def test_a_checkpoint_with_foreign_values_is_refused(key, value, stopped, tmp_path):
     saved = load(stopped / "last.pt")
     (saved if key in saved else saved["config"])[key] = value
     torch.save(saved, tmp_path / "last.pt")
-    words = {"format": "was written by an older version of this code", "model": "is .*ArchiveError"}
+    words = {"format": "has format 1, this code reads", "model": "is .*ArchiveError"}
     refused(tmp_path, "last.pt " + words.get(key, "is (truncated or damaged, or )?no checkpoint"))
 
 
-def test_the_newest_run(tmp_path):
+def test_the_newest_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RUNS", tmp_path)
     with pytest.raises(CheckpointError, match="no run under"):
-        checkpoint.newest_run(tmp_path)
+        checkpoint.newest_run()
     for i, name in enumerate("bca"):
         checkpoint.atomic(tmp_path / name / "last.pt", lambda path: path.touch())
         os.utime(tmp_path / name / "last.pt", (i, i))
-    assert checkpoint.newest_run(tmp_path) == tmp_path / "a/last.pt"
+    assert checkpoint.newest_run() == tmp_path / "a/last.pt"
 
 
 # ---------------------------------------------------------------- beginning and resuming
@@ -183,78 +177,88 @@ def test_resume_is_exact_says_what_may_change_and_refuses_the_rest(out, flags, o
         status, text, words = run_inside(train, *flags, "--out-dir", out, "--resume", *more)
         return text if status == 0 else words
 
-    saved, before = load(out / "last.pt"), {path.name: path.read_bytes() for path in out.iterdir()}
-    assert "last.pt cannot be resumed with other settings: seed was 0, is 1. Use" in resume("--seed", 1)
+    def files():
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "config.json"}
+
+    saved, before = load(out / "last.pt"), files()
+    assert "cannot be resumed with other settings: seed was 0, is 1. Use" in resume("--seed", 1)
     moments = saved["optimizer"]["state"]
     for wrong in ({"bank": torch.zeros(2, 4)}, {"optimizer": {"state": moments, "param_groups": []}},
                   {"optimizer": saved["optimizer"] | {"state": {0: moments[0] | {"exp_avg": torch.zeros(3)}}}}):
         torch.save(saved | wrong, out / "last.pt")
-        assert "its optimiser or bank is not of this model" in resume()
+        assert "the checkpoint's optimiser or bank is not of this model" in resume()
     (out / "last.pt").write_bytes(before["last.pt"])
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # a refused run has touched nothing
+    assert files() == before  # a refused run has touched nothing
 
     other = shutil.copytree(out, out.parent / "other")
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')  # a step that is run again, and one torn by a full disk
-    assert "resume  continues at step 4\ndata " in resume() and log(out) == log(whole)
+    assert f"resume  continues {out} at step 4\n" in resume() and log(out) == log(whole)
+    assert "at step 6 (its end: it is tested again)" in resume()
     assert same(load(out / "last.pt"), load(whole / "last.pt"))
     torch.save(saved | {"processes": 3}, other / "last.pt")
     text = resume("--out-dir", other, "--data-root", own, "--precision", "fp32")
-    assert re.findall("resume  allowed: (.*)", text) == [
+    assert re.findall("resume  (.* was .*|.* before.*)", text) == [
         f"data_root was None, is {str(own)[:60]}", "precision was bf16, is fp32",
         "3 processes before, 1 now: the same batches, other rounding"]
 
 
-def test_a_new_run_puts_the_run_before_aside_and_says_so(out, flags, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
+def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch):
+    """Folders are made, found again by their settings, never written over, and held by one training at a time."""
+    def run(*more):
+        status, text, words = run_inside(train, *flags, "--steps", 1, *more)
+        return re.search("into (.*)/\n", text)[1] if status == 0 else words
 
-    good = (out / "last.pt").read_bytes()
-    for name in ("metrics.json", ".partial.1.last.pt"):
-        (out / name).write_text("of the run before")
-    monkeypatch.setattr(checkpoint, "save", killed)
-    _, text, words = run_inside(train, *flags, "--seed", 1, "--out-dir", out)
-    assert words == "error: interrupted"
-    assert f"{out}/last.pt of the previous run is now former.pt, until this run's second save\n" in text
-    assert {p.name for p in out.iterdir()} == {"former.pt", "config.json", "log.jsonl", "data.png"}
-    assert json.loads((out / "config.json").read_text())["seed"] == 1 and len(log(out)) == 1
-    refused(out, f"no {out}/last.pt: .* before its first save. {out}/former.pt of step 4 is of the previous run: "
-                 "rename it to last.pt")
-    assert (out / "former.pt").read_bytes() == good
+    monkeypatch.chdir(tmp_path)
+    assert [run(), run("--seed", 1), run()] == ["runs/own", "runs/own-2", "runs/own-3"]
+    assert run("--resume", "--seed", 1) == "runs/own-2" and run("--resume") == "runs/own-3"
+    assert "none of the 3 runs runs/own… has these settings; the newest differs in seed was 0, is 7" in run(
+        "--resume", "--seed", 7)
+    assert "runs/own holds a run: --resume continues it" in run("--out-dir", "runs/own")
+    assert run("--out-dir", "x/y", "--resume") == run("--out-dir", "x/y", "--resume") == "x/y"  # the first starts it
+    for text in ("{", "[]", "{}"):  # of a run that somebody edited
+        (tmp_path / "runs/own-3/config.json").write_text(text)
+        assert run("--resume") == "runs/own"
+    assert "no run runs/own to resume" in (os.rename("runs", "elsewhere"), run("--resume"))[1]
+    checkpoint.LOCKS.clear()  # as when these trainings' processes have ended
+    holder = subprocess.Popen([sys.executable, "-c", "from support import checkpoint; from pathlib import Path; "
+                               f"checkpoint.lock(Path({str(tmp_path / 'x/y')!r})); print('held', flush=True); input()"],
+                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    before = (tmp_path / "x/y/last.pt").read_bytes()
+    assert "x/y is in use by another training" in run("--out-dir", "x/y", "--resume")
+    holder.kill()
+    holder.wait()
+    assert run("--out-dir", "x/y", "--resume") == "x/y" and before == (tmp_path / "x/y/last.pt").read_bytes()
 
 
 # ---------------------------------------------------------------- steps that are not finite, signals, errors
 
 
-@pytest.mark.parametrize("at, late, what", [(0, False, "loss_sam"), (2, True, "gradient")])
-def test_a_step_that_is_not_finite_leaves_nothing(at, late, what, flags, whole, tmp_path, monkeypatch):
-    """late: as on a GPU, where nobody looks at each step; fused AdamW passes over the bad one and all after it."""
-    admit = command.Watch.admit
-
-    def poison(self, step, parts, norm):
-        self.at_once = not late
-        parts = parts | {"gradient": norm}
-        parts[what] = parts[what] * (torch.nan if step == at else 1)
-        admit(self, step, parts, parts.pop("gradient"))
-
-    monkeypatch.setattr(command.Watch, "admit", poison)
-    status, _, words = run_inside(train, *flags, "--out-dir", tmp_path)
-    assert status == 1 and re.fullmatch(rf"error: step {at} is not finite: loss [\d.]+, [^\n]*{what} nan[^\n]*", words)
-    assert re.findall(r"(\d)(?=\.jpg|\.png)", words) == [f"{i}" for _, i in data.Steps(8, 6, 0, 6).batch(at)]
+@pytest.mark.parametrize("at, words", [(0, "Nothing was saved before: start anew"),
+                                       (3, "--resume continues from step 2")])
+def test_a_step_that_is_not_finite_is_not_saved(at, words, flags, whole, tmp_path, monkeypatch):
+    """And what was saved before goes on as if nothing had been."""
+    steps, sam_loss = itertools.count(), losses.sam_loss
+    monkeypatch.setattr(losses, "sam_loss", lambda *args: sam_loss(*args) * (torch.nan if next(steps) == at else 1))
+    status, _, said = run_inside(train, *flags, "--out-dir", tmp_path)
+    assert status == 1 and re.fullmatch(rf"error: not finite at step {at}: loss nan, .*sam nan.*{words}.*", said), said
     monkeypatch.undo()
-    saved = load(tmp_path / "last.pt")
-    assert saved["step"] == at and len(saved["bank"]) == 6 * at
+    assert (tmp_path / "last.pt").exists() == bool(at)
     assert run_inside(train, *flags, "--out-dir", tmp_path, "--resume")[0] == 0
-    assert same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+    assert same(load(tmp_path / "last.pt"), load(whole / "last.pt")) and log(tmp_path) == log(whole)
 
 
-def test_the_rescue_itself_may_fail():
-    def rescue(*_):
-        raise UserError("the disk is full")
-
-    watch = command.Watch(None, CPU, rescue)
-    with pytest.raises(UserError, match="step 3 is not finite: loss nan, gradient 1; the disk is full; go on with"):
-        watch.admit(3, {"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
+def test_fp16_scales_the_loss_skips_steps_that_overflow_and_resumes(flags, tmp_path):
+    """On a CPU. The first scale, 2^16, is far too large for gradients in fp16: those steps change nothing and are no
+    error. The scale is saved."""
+    fp16 = [*flags, "--precision", "fp16", "--steps", 12]
+    assert run_inside(train, *fp16, "--out-dir", tmp_path / "whole")[0] == 0
+    status, text, words = run_inside(train, *fp16, "--out-dir", tmp_path / "half", "--save-every", 5, "--k-end", 0.1)
+    assert status == 0, words
+    saved = load(tmp_path / "whole/last.pt")
+    assert saved["scaler"]["scale"] <= 2**16 and saved["bank"].isfinite().all()
+    assert all(torch.isfinite(x).all() for x in saved["model"].values())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

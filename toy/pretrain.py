@@ -1,14 +1,15 @@
-"""Trains the tiny CLIP of the toy data set, toy/clip.pt, from scratch: scenes and their captions, no masks.
+"""Trains what the toy data set starts from: its tiny CLIP, toy/clip.pt, and its body, toy/body.pt.
 
-    python -m toy.pretrain     # 18 minutes on one core with AMX; writes toy/clip.pt and its record toy/clip.json
+    python -m toy.pretrain     # TIME on one core; writes both files and their record, toy/pretrained.json
 
-It learns all nouns of toy/sprites.txt and the eight grounds, in three stages (STAGES below): small scenes of one emoji
-whose captions name that alone, larger ones, then scenes as the world's. If captions speak of grounds from the start, it
-learns grounds but no nouns. Names of unseen classes occur in captions, as in the real CLIP's; which classes
-are unseen plays no part here. The scores are of new scenes of the same drawings. The file is a state dict in OpenAI's
-names in fp16: `clip.load` reads it like any other. (Another processor rounds otherwise and makes another file.)
-
-Needs PyTorch 2.9 or newer for its Muon; nothing else here does.
+CLIP learns from scenes and their captions, without masks: all nouns of toy/sprites.txt, in three stages (STAGES below):
+small scenes of one emoji, larger ones, then scenes as the data set's. Captions name the things, as most captions in
+the world do, and sometimes the ground. Most patches are left out of each image (FLIP, arXiv 2212.00794): that is
+faster, and what is left of an image must name it, so single patches know more. Names of unseen classes occur in
+captions, as in the real CLIP's; which classes are unseen plays no part here.
+The body learns to name the 268 nouns that are no class of any world, so it knows no unseen class.
+The scores are of new scenes of the same drawings. The files are state dicts in fp16, CLIP's in OpenAI's names:
+`clip.load` reads it like any other. (Another processor rounds otherwise and makes other files.)
 """
 import argparse
 import functools
@@ -20,20 +21,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 import clip
+from bodies import build_body
+from model import IMAGENET_MEAN, IMAGENET_STD, text_embeddings
 from support.checkpoint import atomic
 from support.processes import autocast, fast_precision
 from toy import world
 
 CONFIG = dict(embed_dim=128, image_resolution=world.SIZE, vision_layers=4, vision_width=128, vision_patch_size=8,
               context_length=77, vocab_size=49408, transformer_width=64, transformer_layers=3)
-NOUNS = world.THINGS + world.OTHERS
+NOUNS = world.CLASSES + world.OTHERS
 LR, WARMUP, WEIGHT_DECAY = 2e-3, 50, 0.1  # peak rate; steps of warm-up at the start of each stage
-EMPTY = 10  # every tenth scene is a ground without a thing
+KEPT = 0.4  # share of an image's patches that CLIP sees in training
 SHIFT = 3  # pixels, at most, that a scene is moved each time it is shown
 TEST = dict(others=0.8, things=(1, 1))  # scenes of one thing; the scores are of these
 tokens_of = functools.cache(lambda text: clip.tokenize(text)[0])
@@ -43,13 +47,15 @@ class Stage(NamedTuple):
     steps: int
     batch: int
     pool: int  # scenes, drawn beforehand
-    about: tuple  # odds that a caption names the things, the grounds, both
+    ground: float  # share of captions that name the ground too
     scenes: dict  # arguments of world.draw
 
 
-STAGES = (Stage(700, 256, 40000, (1, 0, 0), dict(others=0.8, things=(1, 1), sides=(20, 36), size=world.SIZE // 2)),
-          Stage(900, 192, 30000, (0.84, 0.06, 0.1), dict(others=0.8, things=(1, 1), sides=(20, 52))),
-          Stage(700, 128, 20000, (0.45, 0.2, 0.35), dict(others=0.6, things=(0, 3), sides=(20, 52))))
+STAGES = (Stage(700, 256, 40000, 0, dict(others=0.8, things=(1, 1), sides=(20, 36), size=world.SIZE // 2)),
+          Stage(1500, 192, 30000, 0.1, dict(others=0.8, things=(1, 1), sides=(20, 52))),
+          Stage(2000, 128, 30000, 0.1, dict(others=0.6, things=(1, 3), sides=(20, 52))))
+BODY = Stage(1500, 96, 30000, 0, dict(others=1.0, things=(1, 1), sides=(20, 52)))
+BODY_LR, BODY_WEIGHT_DECAY = 3e-3, 0.05
 
 
 class Scenes(Dataset):
@@ -62,8 +68,7 @@ class Scenes(Dataset):
         return self.count
 
     def __getitem__(self, i):
-        what = self.scenes | (dict(things=(0, 0)) if i % EMPTY == 0 else {})
-        image, _, names = world.draw(np.random.RandomState([*self.seed, i]), **what)
+        image, _, names = world.draw(np.random.RandomState([*self.seed, i]), **self.scenes)
         return image, names
 
     def all(self):
@@ -73,14 +78,25 @@ class Scenes(Dataset):
         return images, [names for _, names in items]
 
 
-def caption(names, about, rng):
-    """A scene in words: "a photo of dog and car on grass", or its things or its grounds alone. about: their odds."""
-    stuff = [name for name in names if name in world.STUFF]
-    things = [name for name in names if name not in world.STUFF]
-    things = [things[i] for i in rng.permutation(len(things))]
-    parts = ([things], [stuff], [things, stuff])[rng.choice(3, p=about)]
-    words = " on ".join(" and ".join(part) for part in parts if part) or " and ".join(stuff or things)
+# ---------------------------------------------------------------- CLIP
+
+
+def caption(names, ground, rng):
+    """A scene in words: "a photo of dog and car". A share `ground` of them goes on: "… on grass"."""
+    things = [name for name in names if name not in world.GROUNDS]
+    grounds = [name for name in names if name in world.GROUNDS]
+    words = " and ".join(things[i] for i in rng.permutation(len(things)))
+    if grounds and (rng.rand() < ground or not words):
+        words = " on ".join(filter(None, (words, " and ".join(grounds))))
     return world.TEMPLATES[rng.randint(len(world.TEMPLATES))].format(words)
+
+
+def encode_some_patches(visual, images):
+    """CLS embeddings (B, D) of what a random share KEPT of each image's patches shows."""
+    x = visual.embed(images)  # (B, 1 + N, W)
+    kept = torch.rand(len(x), x.shape[1] - 1).argsort(1)[:, :int(KEPT * (x.shape[1] - 1))] + 1
+    x = torch.cat([x[:, :1], x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
+    return (visual.ln_post(visual.transformer(x, first=1)) @ visual.proj)[:, 0]
 
 
 def contrastive_loss(z, tokens, model):
@@ -103,59 +119,66 @@ def sincos(grid, width):
     return torch.cat([rows, columns], dim=2).reshape(grid * grid, width)
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in fp32: its products in
+    bf16 take longer than all the rest of a step on a CPU without AMX."""
+
+    def __init__(self, matrices):
+        super().__init__(matrices, dict(lr=LR))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                x = p.grad.lerp(momentum, 0.95)  # Nesterov's
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):  # Newton-Schulz: all singular values go to about 1
+                    gram = x @ x.T if len(x) <= len(x.T) else x.T @ x
+                    gram = -4.775 * gram + 2.0315 * gram @ gram
+                    x = 3.4445 * x + (gram @ x if len(x) <= len(x.T) else x @ gram)
+                p.mul_(1 - group["lr"] * WEIGHT_DECAY).sub_(x, alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
 def make_optimizers(model):
     """Muon for the blocks' matrices, AdamW for what is left: top-1 rises several times sooner than with AdamW alone."""
     blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
     rest = [p for name, p in model.named_parameters() if p.ndim >= 2 and "resblocks" not in name]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [torch.optim.Muon(blocks, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([dict(params=rest, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0)],
-                              betas=(0.9, 0.98), fused=True)]
+    return [Muon(blocks), torch.optim.AdamW([dict(params=rest, weight_decay=WEIGHT_DECAY),
+                                             dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98), fused=True)]
 
 
-@torch.no_grad()
-def zero_shot(model, images, scenes):
-    """Top-1 in percent on scenes of one thing: of all nouns, of the world's 20 things among all nouns and among
-    themselves, and of the grounds among themselves (either counts where there are two)."""
-    z = F.normalize(torch.cat([model.encode_image(chunk / 255) for chunk in images.split(256)]), dim=-1)
-
-    def right(words, rows):
-        t = torch.stack([model.encode_text(clip.tokenize([t.format(w) for w in words])) for t in world.TEMPLATES])
-        best = (z[rows] @ F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1).T).argmax(-1)
-        return round(100 * sum(words[k] in scenes[i] for k, i in zip(best, rows)) / len(rows), 1)
-
-    things = [i for i, names in enumerate(scenes) if set(names) & set(NOUNS)]
-    own = [i for i in things if set(scenes[i]) & set(world.THINGS)]
-    return {"nouns": right(NOUNS, things), "things among nouns": right(NOUNS, own), "things": right(world.THINGS, own),
-            "grounds": right(world.STUFF, range(len(scenes)))}
+def set_rate(optimizers, peak, step, start, steps):
+    """A ramp of WARMUP steps from `start` on, under a cosine over all steps."""
+    rate = peak * min((step - start + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["lr"] = rate
 
 
-def main(args):
-    start, device = time.time(), torch.device("cpu")
-    precision = fast_precision(device)
-    torch.manual_seed(args.seed)
+def shifted(images, rng):
+    """uint8 (B, 3, S, S) -> [0, 1]; all moved by some pixels and mirrored half of the time."""
+    size, (top, left) = images.shape[-1], rng.randint(2 * SHIFT + 1, size=2)
+    images = F.pad(images / 255, [SHIFT] * 4, mode="replicate")[..., top:top + size, left:left + size]
+    return images.flip(-1) if rng.rand() < 0.5 else images
+
+
+def train_clip(seed, precision):
     model = clip.CLIP(**CONFIG)
     grid = world.SIZE // CONFIG["vision_patch_size"]
     model.visual.positional_embedding.data[1:] = sincos(grid, CONFIG["vision_width"])  # learns shapes much sooner
     optimizers = make_optimizers(model)
-    steps, step = sum(stage.steps for stage in STAGES), 0
+    steps, start = sum(stage.steps for stage in STAGES), 0
     for number, stage in enumerate(STAGES):
-        images, names = Scenes(stage.pool, [args.seed, number], stage.scenes).all()
-        size = images.shape[-1]
-        print(f"stage {number}: {len(images)} scenes of {size} pixels  {time.time() - start:.0f} s", flush=True)
-        for i in range(stage.steps):
-            rate = LR * min((i + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-                group["lr"] = rate
-            rng = np.random.RandomState([args.seed, step])
+        images, names = Scenes(stage.pool, [seed, number], stage.scenes).all()
+        for step in range(start, start + stage.steps):
+            set_rate(optimizers, LR, step, start, steps)
+            rng = np.random.RandomState([seed, step])
             pick = rng.randint(len(images), size=stage.batch)
-            top, left = rng.randint(2 * SHIFT + 1, size=2)
-            batch = F.pad(images[pick] / 255, [SHIFT] * 4, mode="replicate")[..., top:top + size, left:left + size]
-            if rng.rand() < 0.5:
-                batch = batch.flip(-1)
-            tokens = torch.stack([tokens_of(caption(names[i], stage.about, rng)) for i in pick])
-            with autocast(device, precision), sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward is slower
-                z = model.encode_image(batch)
+            batch = shifted(images[pick], rng)
+            tokens = torch.stack([tokens_of(caption(names[i], stage.ground, rng)) for i in pick])
+            with autocast(batch.device, precision), sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower
+                z = encode_some_patches(model.visual, batch)
             loss = contrastive_loss(z, tokens, model)
             model.zero_grad()
             loss.backward()
@@ -163,24 +186,92 @@ def main(args):
             for optimizer in optimizers:
                 optimizer.step()
             if step % 50 == 0:
-                print(f"step {step:4d}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
-            step += 1
-    state = {key: value.half() for key, value in model.state_dict().items()}
-    atomic(args.out, lambda partial: torch.save(state, partial))
+                print(f"clip  step {step:4d}/{steps}  {images.shape[-1]} pixels  loss {loss.item():.3f}", flush=True)
+        start += stage.steps
+    return model
 
-    test = Scenes(args.test_scenes, [args.seed, len(STAGES)], TEST).all()
+
+@torch.no_grad()
+def zero_shot(model, seed, count):
+    """Top-1 in percent on scenes of one thing: of all nouns, and of the 20 classes among all nouns; of the patches of
+    the data set's scenes, by the values path, the share on a class that name it among the classes."""
+    images, scenes = Scenes(count, [seed, len(STAGES)], TEST).all()
+    z = F.normalize(torch.cat([model.encode_image(chunk / 255) for chunk in images.split(256)]), dim=-1)
+    t = text_embeddings(model, NOUNS, world.TEMPLATES)
+    right = torch.tensor([NOUNS[k] in names for k, names in zip((z @ t.T).argmax(1), scenes)])
+    own = torch.tensor([bool(set(names) & set(world.CLASSES)) for names in scenes])
+    things = torch.tensor([bool(set(names) & set(NOUNS)) for names in scenes])
+    return {"nouns": percent(right[things]), "classes among nouns": percent(right[own])}
+
+
+def percent(right):
+    return round(100 * right.float().mean().item(), 1)
+
+
+# ---------------------------------------------------------------- the body
+
+
+def train_body(seed, precision):
+    """-> SmallBody, top-1 in percent on scenes that it was not trained on"""
+    images, names = Scenes(BODY.pool, [seed, len(STAGES) + 1], BODY.scenes).all()
+    visible = [i for i, held in enumerate(names) if set(held) & set(world.OTHERS)]
+    y = torch.tensor([world.OTHERS.index(next(n for n in names[i] if n in world.OTHERS)) for i in visible])
+    images, kept = images[visible], len(visible) - BODY.pool // 30  # the last ones are for the test
+    body = build_body("small", "none")
+    classifier = nn.Linear(body.out_channels, len(world.OTHERS))
+    optimizer = torch.optim.AdamW([*body.parameters(), *classifier.parameters()], weight_decay=BODY_WEIGHT_DECAY,
+                                  fused=True)
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+    def logits(images):  # what is anywhere, and what is everywhere
+        with autocast(images.device, precision):
+            x = body((images - mean) / std).float()
+        return classifier((x.amax((2, 3)) + x.mean((2, 3))) / 2)
+
+    for step in range(BODY.steps):
+        set_rate([optimizer], BODY_LR, step, 0, BODY.steps)
+        rng = np.random.RandomState([seed, step])
+        pick = rng.randint(kept, size=BODY.batch)
+        loss = F.cross_entropy(logits(shifted(images[pick], rng)), y[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"body  step {step:4d}/{BODY.steps}  loss {loss.item():.3f}", flush=True)
+    with torch.no_grad():
+        found = torch.cat([logits(chunk / 255).argmax(1) for chunk in images[kept:].split(100)])
+    return body, percent(found == y[kept:])
+
+
+def write(model, path):
+    atomic(path, lambda partial: torch.save({key: x.half() for key, x in model.state_dict().items()}, partial))
+    return clip.file_sha256(path)
+
+
+def main(args):
+    start, precision = time.time(), fast_precision(torch.device("cpu"))
+    torch.manual_seed(args.seed)
     record = {"command": f"python -m toy.pretrain --seed {args.seed}", "torch": torch.__version__,
-              "precision": precision, "threads": torch.get_num_threads(), "seconds": round(time.time() - start),
-              "zero_shot_top1": zero_shot(clip.load(args.out), *test), "test_scenes": args.test_scenes,
-              "sha256": clip.file_sha256(args.out)}
-    atomic(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+              "precision": precision, "threads": torch.get_num_threads()}
+    if args.only != "body":
+        record["clip.pt"] = write(train_clip(args.seed, precision), args.out / "clip.pt")
+        record["top1 of clip.pt"] = zero_shot(clip.load(args.out / "clip.pt"), args.seed, args.test_scenes)
+        record["seconds of clip.pt"] = round(time.time() - start)
+    if args.only != "clip":
+        start = time.time()
+        body, top1 = train_body(args.seed, precision)
+        record |= {"body.pt": write(body, args.out / "body.pt"), "top1 of body.pt": top1}
+        record["seconds of body.pt"] = round(time.time() - start)
+    file = args.out / "pretrained.json"
+    record = (json.loads(file.read_text()) if file.exists() else {}) | record
+    atomic(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("clip", "body"), help="one of the two files (default: both)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (default: 0)")
     parser.add_argument("--test-scenes", type=int, default=2000, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "clip.pt", metavar="FILE",
-                        help="its record goes beside it (default: toy/clip.pt)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="(default: toy/)")
     main(parser.parse_args())

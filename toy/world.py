@@ -1,11 +1,12 @@
-"""The toy data set: scenes of emoji on eight grounds (stuff classes: grass, sky, …).
+"""The toy data set: scenes of emoji on one or two grounds (grass, sky, …), a small PASCAL VOC.
 
-The classes are 20 things, those of PASCAL VOC ("dining plate" stands for its dining table), and 8 grounds. One emoji in
-seven is something else and is void in the masks. 5 things and 2 grounds are unseen: in world 0 VOC's usual
-five, snow and brick wall; each other world has its own. `demo` is a scene of things that are no class of any world.
+The classes are VOC's twenty ("dining plate" stands for its dining table). All else is 255 in the masks, as VOC's
+background is ignored: the grounds, and one emoji in seven, which is something else. Five classes are unseen. A *world*
+is one set of scenes with its choice of these five: world 0 has VOC's usual ones, each other world (`--seed`) its own.
+`demo` is a scene of things that are no class of any world.
 Each noun has three drawings, the same in training, at test and in the training of toy/clip.pt: a test scene is a new
 arrangement of known drawings.
-Scenes are drawn from a seed with numpy's frozen RandomState, so the world is the same on every machine:
+Scenes are drawn from a seed with numpy's frozen RandomState, so a world is the same on every machine:
 tests/test_toy.py has a checksum.
 
     python -m toy.world                              # writes data/toy (train.py does it by itself)
@@ -24,17 +25,15 @@ from PIL import Image
 from support import pictures
 from toy import sprites
 
-THINGS = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining plate", "dog",
-          "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining plate", "dog",
+           "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
 VOC_UNSEEN = ("potted plant", "sheep", "sofa", "train", "tv monitor")
 GROUNDS = {  # two colours, of which `_pattern` makes a texture
     "grass": ((0.18, 0.42, 0.12), (0.47, 0.74, 0.27)), "sand": ((0.78, 0.66, 0.43), (0.95, 0.87, 0.66)),
     "water": ((0.08, 0.32, 0.58), (0.37, 0.66, 0.84)), "sky": ((0.45, 0.70, 0.96), (1.00, 1.00, 1.00)),
     "snow": ((0.82, 0.86, 0.93), (0.98, 0.99, 1.00)), "brick wall": ((0.56, 0.22, 0.16), (0.80, 0.76, 0.72)),
     "wooden floor": ((0.38, 0.24, 0.13), (0.76, 0.55, 0.33)), "night sky": ((0.03, 0.04, 0.16), (0.90, 0.90, 0.85))}
-STUFF = list(GROUNDS)
-CLASSES = THINGS + STUFF
-OTHERS = [noun for noun in sprites.read_nouns() if noun not in THINGS]  # 268: void
+OTHERS = [noun for noun in sprites.read_nouns() if noun not in CLASSES]  # 268: void
 TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
 VOID = 255
 SIZE = 64  # pixels a side
@@ -43,17 +42,10 @@ TRAIN, VAL = 4000, 500  # scenes
 DEMO, DEMO_SEED = ("octopus", "pizza", "rocket"), 172  # a seed that leaves room for all three
 
 
-def unseen_kinds(seed=0):
-    """The unseen classes, drawn from the seed: 5 things and 2 grounds. Seed 0 has VOC's usual things."""
-    rng = np.random.RandomState(seed)
-    things = rng.choice(THINGS, 5, replace=False) if seed else VOC_UNSEEN
-    grounds = rng.choice(STUFF, 2, replace=False) if seed else ("snow", "brick wall")
-    return {"new thing": list(map(str, things)), "new ground": list(map(str, grounds))}
-
-
 def unseen(seed=0):
-    """Unseen classes of both kinds, in the order of CLASSES."""
-    return sorted(sum(unseen_kinds(seed).values(), []), key=CLASSES.index)
+    """The five unseen classes, drawn from the seed, in the order of CLASSES. Seed 0 has VOC's usual ones."""
+    drawn = np.random.RandomState(seed).choice(CLASSES, 5, replace=False) if seed else VOC_UNSEEN
+    return sorted(map(str, drawn), key=CLASSES.index)
 
 
 @functools.cache
@@ -125,16 +117,17 @@ def _emoji(rng, noun, x, y, cx, cy, side):
 def draw(rng, others=0.15, things=(1, 3), sides=(24, 44), size=SIZE, nouns=()):
     """One scene -> image uint8 (size, size, 3), mask uint8 (size, size) of indexes into CLASSES, what is visible.
 
-    others  share of OTHERS among the emoji
+    others  share of OTHERS among the emoji, else of CLASSES
     things  least and largest number of emoji; fewer where there is no room
     sides   of the emoji, least and largest, pixels
     nouns   what the emoji are, instead of chance"""
-    names = [STUFF[rng.randint(len(STUFF))]]
+    grounds = list(GROUNDS)
+    names = [grounds[rng.randint(len(grounds))]]
     image = _ground(rng, names[0], size)
     part = np.zeros((size, size), np.uint8)  # index into names
     y, x = np.mgrid[:size, :size] + 0.5
     if rng.rand() < 0.5:  # another ground below a tilted edge
-        names.append(STUFF[rng.randint(len(STUFF))])
+        names.append(grounds[rng.randint(len(grounds))])
         below = y + rng.uniform(-0.3, 0.3) * (x - size / 2) > size * rng.uniform(0.25, 0.75)
         image[below] = _ground(rng, names[1], size)[below]
         part[below] = 1
@@ -149,7 +142,7 @@ def draw(rng, others=0.15, things=(1, 3), sides=(24, 44), size=SIZE, nouns=()):
         else:
             break
         placed.append((cx, cy, side))
-        kind = OTHERS if rng.rand() < others else THINGS
+        kind = OTHERS if rng.rand() < others else CLASSES
         names.append(noun or kind[rng.randint(len(kind))])
         reach = 0.6 * side  # only the box that can hold the emoji: its corners, turned
         box = (slice(max(int(cy - reach), 0), int(cy + reach) + 1), slice(max(int(cx - reach), 0), int(cx + reach) + 1))
