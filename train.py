@@ -12,6 +12,7 @@ data.png (what the data check saw), metrics.json and preview.png (the test). Ctr
 --resume goes on.
 """
 import json
+import math
 import os
 import warnings
 from functools import partial
@@ -140,6 +141,7 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
 
         loss_seg = losses.seg_loss(z, t, labels, tau)
         loss_sgd = loss_sam = torch.zeros_like(loss_seg)
+        chance = math.log(args.batch_size + len(bank))  # L_sgd of features that know nothing of their image
         if args.sgd_weight:
             c, d = teacher_features(teacher, views, args.precision)  # (B, D), (B, n·n, D)
             a = similarity(args.select, z, c, d, inside)  # (B, N)
@@ -164,7 +166,7 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
                            clipped=torch.stack(clipped).float().mean())
             check_finite(numbers, step, saved, norm=not scaler.is_enabled())
         if logging:
-            log.step(step, numbers, k=k, lr=lr, keys=args.batch_size + len(bank))
+            log.step(step, numbers, k, lr, chance)
             clipped = []
         if saving:
             save(step + 1, bank)

@@ -6,7 +6,7 @@ from sources.files import DataError
 from sources.folder import open_folder
 from toy import world
 
-TOY = Recipe(steps=300, batch_size=32, lr=3e-3, warmup=50, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
+TOY = Recipe(steps=300, batch_size=32, lr=3e-3, warmup=15, crop=world.SIZE, scale=(0.75, 1.5), jitter=False,
              body="small", clip="toy/clip.pt", short_side=world.SIZE, window=world.SIZE, stride=48)
 
 

@@ -47,16 +47,15 @@ class Log:
                  f"run     {args.steps} steps of {args.batch_size} images on {processes.world_size()} × {device.type}, "
                  f"{args.precision}, {args.workers} loader processes each, into {self.out}/")
 
-    def step(self, step, n, k, lr, keys):
-        """n: what `read` gives. k: positions that SGD selects, (B,). keys: CLS embeddings among which SGD finds an
-        image's own; by chance its loss is the logarithm of their number."""
+    def step(self, step, n, k, lr, chance):
+        """n: what `read` gives. k: positions that SGD selects, (B,). chance: its loss if it learns nothing."""
         seconds, k = time.time() - self.start, k.float().mean().item()  # of the first process's images
-        values = n | {"sgd_chance": math.log(keys), "k": k, "lr": lr}
+        values = n | {"sgd_chance": chance, "k": k, "lr": lr}
         if self.warm:  # the first step, which starts all up, is left out
             pace = (seconds - self.warm[1]) / (step - self.warm[0])
             eta = timedelta(seconds=round(pace * (self.steps - step - 1)))
         self.say(f"step {step:5d}/{self.steps}  loss {n['loss']:.3f}  seg {n['seg']:.3f}  sgd {n['sgd']:.3f} of "
-                 f"{math.log(keys):.2f}  sam {n['sam']:.3f}  norm {n['norm']:.2g}  k {k:.0f}  lr {lr:.1e}"
+                 f"{chance:.2f}  sam {n['sam']:.3f}  norm {n['norm']:.2g}  k {k:.0f}  lr {lr:.1e}"
                  + (f"  {pace:.2f} s per step, {eta} left" if self.warm else ""))
         self.warm = self.warm or (step, seconds)
         self.write(step=step, **{key: value for key, value in values.items() if math.isfinite(value)})
