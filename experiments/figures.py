@@ -64,12 +64,12 @@ def selection(teacher, files, table, size, steps, k_end):
     ks = [losses.k_at(step, steps, inside, k_end) for step in moments]  # each (1,)
     for file in files:
         _, image, labels = read_pair(file, table, len(table))
-        c, d = teacher.visual.cls_and_patches(image[None] / 255)
+        c, d = (F.normalize(x, dim=-1) for x in teacher.visual.cls_and_patches(image[None] / 255))
         a = losses.at_positions(losses.teacher_similarity(c, d), inside)  # (1, N)
         row = [pictures.as_image(image), pictures.as_image(pictures.coloured(labels))]
         for k in ks:
             row.append(heat(a.view(size), a.min(), a.max()))
-            outline(row[-1], losses.select(a, k, inside.flatten(1)).view(size) > 0)
+            outline(row[-1], losses.select(a, k, inside).view(size) > 0)
         rows.append(row)
     shown = [f"step {step}: {int(k)} of {inside[0].numel()}" for step, k in zip(moments, ks)]
     return grid(rows, ["training image", "truth", *shown])

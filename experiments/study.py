@@ -4,10 +4,9 @@
     python -m experiments.study --report           # docs/results.md and .png and README's table, from what is there
     python -m experiments.study --worlds 8 9 10 --rows full "full --sgd-weight 0.5"    # a search: table on the screen
 
-A row is a name of ROWS. Flags of train.py may follow it, and images=N: the first N training images alone. A world is a
-draw of the scenes and of the unseen classes; those from 8 on are for choosing settings, and never get into the report.
-Each run is a process of one thread on a CPU and ends as a line of experiments/results/study.jsonl. The line names the
-last commit that touched the product; only lines of one such commit are compared.
+A row is a name of ROWS. Flags of train.py may follow it, and images=N: the first N training images alone. Worlds, other
+scenes and unseen classes, from 8 on are for choosing settings: no report has them. A run is a process of one thread on
+a CPU, and a line of experiments/results/study.jsonl, which names the last commit that touched the product.
 """
 import argparse
 import json
@@ -133,53 +132,53 @@ def scores(iou, unseen):
 
 
 def finished():
+    """The lines of all runs."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 # ---------------------------------------------------------------- report
 
 
-def rows_of(lines):
-    """Those that have lines, in the order of DEFAULT."""
-    return sorted({line["row"] for line in lines}, key=lambda row: ([*DEFAULT, row].index(row), row))
-
-
-def gains(lines, row):
-    """[hIoU of full − hIoU of the row], one for each world; of full with the same words behind its name."""
+def gain(lines, row):
+    """full − row in hIoU, of `full` with the same words behind its name, paired by world -> mean, half the width of its
+    95 % interval (0 of one world); None of full itself or where no world has both."""
     name, more = re.match(r"(\S+)(.*)", row).groups()
     full, other = ({line["world"]: line["hIoU"] for line in lines if line["row"] == which}
                    for which in ("full" if name == "full" else f"full{more}", row))
-    return [full[w] - other[w] for w in sorted(full.keys() & other)] if row != "full" else []
-
-
-def interval(values):
-    """-> mean, half the width of its 95 % interval (0 of a single value, which has none)"""
+    if row == "full" or not (values := [full[w] - other[w] for w in full.keys() & other]):
+        return None
     half = T95.get(len(values), T95[12]) * stdev(values) / len(values)**0.5 if len(values) > 1 else 0
     return mean(values), half
 
 
 def table(lines, rows):
     """These rows, as far as they have lines, in Markdown."""
-    cells = [("row", "worlds", *SCORES, "full − row, hIoU", "command"), ["---"] * 7]
+    text = ["| row | worlds | seen | unseen | hIoU | full − row, hIoU | command |", "|" + " --- |" * 7]
     for row in rows:
         if found := [line for line in lines if line["row"] == row]:
-            means = [mean_std([line[key] for line in found]) for key in SCORES]
-            shown = found[0]["command"].split(" --data-root")[0]
-            cells.append((f"`{row}`: {ROWS[row.split()[0]][0]}", len(found), *means, difference(gains(lines, row)),
-                          f"`{shown}`"))
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+            what, command = ROWS[row.split()[0]][0], found[0]["command"].split(" --data-root")[0]
+            cells = [mean_std([line[key] for line in found]) for key in SCORES]
+            text.append(f"| `{row}`: {what} | {len(found)} | {' | '.join(cells)} | {with_interval(gain(lines, row))} | "
+                        f"`{command}` |")
+    return "\n".join(text)
 
 
 def mean_std(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def difference(values):
-    middle, half = interval(values or [0])
-    if not half:
-        return f"{middle:+.1f}" if values else ""
-    cell = f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
-    return f"**{cell}**" if abs(middle) > half else cell
+def with_interval(found):
+    """What `gain` gives -> text, bold where 0 lies outside of the interval."""
+    if not found:
+        return ""
+    middle, half = found
+    text = f"{middle:+.1f}" + f" [{middle - half:+.1f}, {middle + half:+.1f}]" * (half > 0)
+    return f"**{text}**" if abs(middle) > half > 0 else text
+
+
+def rows_of(lines):
+    """Those that have lines, in the order of DEFAULT."""
+    return sorted({line["row"] for line in lines}, key=lambda row: ([*DEFAULT, row].index(row), row))
 
 
 def report(lines, left_out):
@@ -195,7 +194,7 @@ def report(lines, left_out):
 
 def plot(lines):
     """full − row in hIoU: for each row a point, and a bar for its 95 % interval."""
-    rows = {row: interval(gains(lines, row)) for row in rows_of(lines) if gains(lines, row)}
+    rows = {row: found for row in rows_of(lines) if (found := gain(lines, row))}
     ends = [0, 10, *(middle + side * half for middle, half in rows.values() for side in (-1, 1))]
     low, high = math.floor(min(ends) / 10), math.ceil(max(ends) / 10)  # tens of hIoU
     place = lambda value: 150 + 650 * (value / 10 - low) / (high - low)  # noqa: E731  pixels from the left
@@ -206,10 +205,9 @@ def plot(lines):
         pen.line((x, 46, x, canvas.height - 8), fill="lightgrey" if number else "black")
         pictures.write(pen, (x, 28), str(number), 12, anchor="mt")
     for y, (row, (middle, half)) in zip(range(60, canvas.height, 26), rows.items()):
-        x = place(middle)
         pictures.write(pen, (140, y), row[:20], 14, anchor="rm")
         pen.line((place(middle - half), y, place(middle + half), y), fill=pictures.LINES[1], width=3)
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=pictures.LINES[0])
+        pen.ellipse((place(middle) - 4, y - 4, place(middle) + 4, y + 4), fill=pictures.LINES[0])
     return canvas
 
 
@@ -242,8 +240,8 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=DEFAULT, metavar="ROW", help=f"{', '.join(ROWS)}; in quotes such "
-                        "a name with flags or images=N (default: these, and three with 100 and with 1000 images)")
+    parser.add_argument("--rows", nargs="+", default=DEFAULT, metavar="ROW", help=f"{', '.join(ROWS)} (default: these "
+                        "and, with images=100 and images=1000, full, linear and random)")
     parser.add_argument("--worlds", nargs="+", type=int, default=REPORTED, metavar="N", help="(default: 0 to 7)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
