@@ -120,11 +120,10 @@ def drawn(folder, classes):
     for part, suffix, values, how in (("images", ".jpg", rng.randint(256, size=(15, 20, 3)), Image.BICUBIC),
                                       ("masks", ".png", rng.randint(classes, size=(12, 16)), Image.NEAREST)):
         (folder / part).mkdir(parents=True)
-        for i in range(65):
-            Image.fromarray(values.astype(np.uint8)).resize((640, 480), how).save(folder / part / f"{i}{suffix}")
-    lists = {"train": range(64), "val": [64], "classes": [f"class {k}" for k in range(classes)]}
+        Image.fromarray(values.astype(np.uint8)).resize((640, 480), how).save(folder / part / f"drawn{suffix}")
+    lists = {"train": ["drawn"] * 64, "val": ["drawn"], "classes": [f"class {k}" for k in range(classes)]}
     for name, lines in lists.items():
-        (folder / f"{name}.txt").write_text("\n".join(map(str, lines)) + "\n")
+        (folder / f"{name}.txt").write_text("\n".join(lines))
     return str(folder)
 
 
