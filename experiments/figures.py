@@ -1,7 +1,6 @@
-"""The README's figures, made from a run on the toy data set: results, what SGD selects, what the head says.
+"""README's figures from a run on the toy data set: its predictions, what SGD selects, what the head says of words.
 
-    python train.py                     # saves at step 500 and at the end
-    python -m experiments.figures       # runs/toy -> assets/preview.png, selection.png and words.png
+    python train.py && python -m experiments.figures    # assets/preview.png, selection.png, words.png; 10 s
 """
 import argparse
 import shutil
@@ -13,16 +12,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import clip
-import data
 import losses
 import model as models
-from evaluate import open_run_dataset
-from sources.files import read_image
+from evaluate import load_run, open_run_dataset
+from sources.files import read_pair
 from support import pictures
-from support.checkpoint import read_checkpoint
+from support.checkpoint import newest_run
 from support.command import run_command
 from toy import world
-from train import start_adapter
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SIDE, GAP, TEXT = 192, 8, 14  # pixels: of a picture, between two, of letters
@@ -31,7 +28,7 @@ EDGE = (230, 85, 13)  # around what is selected
 IMAGES = (0, 4, 9)  # of the training list, whose selection is shown
 WORDS = {"dog": "dog (seen)", "train": "train (unseen)", "octopus": "octopus (no class)"}
 WORDS_SEED = 118  # a scene that has room for the three; chosen before any prediction was seen
-TOP = 0.8  # cosine that is darkest
+TOP = 0.8  # cosine with a word that is darkest
 
 
 def heat(values, low, high):
@@ -58,41 +55,24 @@ def grid(rows, titles):
     return canvas
 
 
-def students(run):
-    """-> [(step, model)] at the start, at the save before the last one and at the end; config, teacher, data set."""
-    last, former = (read_checkpoint(run / name) for name in ("last.pt", "former.pt"))
-    config, teacher, stages = last["config"], clip.load(last["config"]["clip"]), []
-    source = open_run_dataset(config)
-    trainset = data.TrainSet(source, source.recipe.at_crop(config["crop"]), teacher.visual.input_size, config["seed"])
-    for step, saved in ((0, None), (former["step"], former), (last["step"], last)):
-        torch.manual_seed(config["seed"])
-        model = models.build(teacher, **{name: config[name] for name in models.SETTINGS}).eval()
-        if saved:
-            model.load_trained_state(saved["model"])
-        else:
-            start_adapter(model.head.adapter, teacher, trainset, config["frozen_blocks"], torch.device("cpu"))
-        stages.append((step, model))
-    return stages, config, teacher, source
-
-
 @torch.no_grad()
-def selection(stages, config, teacher, source):
-    """Three training images × (image, start, middle, end): a_i = z_i · c, the k selected positions outlined."""
-    rows, titles = [], ["training image"]
-    for i in IMAGES:
-        image = read_image(source.train[i][1])[None]
-        c = F.normalize(teacher.encode_image(image / 255), dim=1)
-        row = [pictures.as_image(image[0])]
-        for step, model in stages:
-            a = torch.einsum("bdhw,bd->bhw", model(image / 255), c)
-            inside = torch.ones(1, a[0].numel(), dtype=torch.bool)
-            k = losses.k_at(min(step, config["steps"] - 1), config["steps"], inside, config["k_end"])
-            row.append(heat(a[0], 0, TOP))
-            outline(row[-1], losses.select(a.flatten(1), k, inside).view_as(a)[0] > 0)
-            if not rows:
-                titles.append(f"step {step}: {int(k)} of {inside.shape[1]}")
+def selection(teacher, files, table, size, steps, k_end):
+    """Training images, a row each: image, truth, and the teacher's a with its k(t) positions outlined at the first, the
+    middle and the last step. table: DataSource's; size (h, w): the student's positions."""
+    rows, inside = [], torch.ones(1, *size, dtype=torch.bool)  # no padding in a whole image
+    moments = (0, steps // 2, steps - 1)
+    ks = [losses.k_at(step, steps, inside, k_end) for step in moments]  # each (1,)
+    for file in files:
+        _, image, labels = read_pair(file, table, len(table))
+        c, d = (F.normalize(x, dim=-1) for x in teacher.visual.cls_and_patches(image[None] / 255))
+        a = losses.at_positions(losses.teacher_similarity(c, d), inside)  # (1, N)
+        row = [pictures.as_image(image), pictures.as_image(pictures.coloured(labels))]
+        for k in ks:
+            row.append(heat(a.view(size), a.min(), a.max()))
+            outline(row[-1], losses.select(a, k, inside).view(size) > 0)
         rows.append(row)
-    return grid(rows, titles)
+    shown = [f"step {step}: {int(k)} of {inside[0].numel()}" for step, k in zip(moments, ks)]
+    return grid(rows, ["training image", "truth", *shown])
 
 
 @torch.no_grad()
@@ -110,17 +90,22 @@ def scene(seed, *nouns):
 
 
 def main(args):
-    stages, config, teacher, source = students(args.run)
-    pictures.save(selection(stages, config, teacher, source), ASSETS / "selection.png")
-    pictures.save(words(stages[-1][1], scene(WORDS_SEED, *WORDS), WORDS, config["templates"]), ASSETS / "words.png")
-    shutil.copy(args.run / "preview.png", ASSETS / "preview.png")
+    run = args.run or newest_run().parent
+    model, config = load_run(run / "last.pt", torch.device("cpu"))
+    source, teacher = open_run_dataset(config), clip.load(config["clip"])
+    size = model(torch.zeros(1, 3, config["crop"], config["crop"])).shape[2:]
+    files, table = [source.train[i] for i in IMAGES], source.table(training=False)
+    chosen = selection(teacher, files, table, size, config["steps"], config["k_end"])
+    pictures.save(chosen, ASSETS / "selection.png")
+    pictures.save(words(model, scene(WORDS_SEED, *WORDS), WORDS, config["templates"]), ASSETS / "words.png")
+    shutil.copy(run / "preview.png", ASSETS / "preview.png")
     print(f"wrote preview.png, selection.png and words.png into {ASSETS}")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/toy"), metavar="FOLDER", help="(default: runs/toy)")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="(default: the newest)")
     return parser.parse_args(argv)
 
 
