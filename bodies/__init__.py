@@ -14,13 +14,18 @@ import torch
 from torchvision import models
 
 from bodies.pretrained import TORCHVISION, TorchvisionBody
-from bodies.segnext import SIZES, WEIGHTS, SegNeXt, load_mscan
+from bodies.segnext import SIZES, WEIGHTS, SegNeXt, mscan_names
 from bodies.small import SmallBody
-from support import UserError, first_line
+from support import UserError
+from support.archive import ArchiveError, check_tensors, fetch, misfit, read_tensors
 from support.processes import first_on_machine
 
 SEGNEXT = {f"segnext-{size}": size for size in SIZES}
 BODIES = ("small", *SEGNEXT, *TORCHVISION)
+# --lr of the publisher's own recipe: AdamW, 16 crops of 512 pixels, the encoder at a tenth of the rate, as here. Not of
+# Swin (6e-5) and ConvNeXt (1e-4, less in deeper stages): there encoder and decoder share one rate, which is neither of
+# our two. ResNet and MobileNetV2 are published with SGD.
+LEARNING_RATES = dict.fromkeys(SEGNEXT, 6e-4)
 STRIDE = 16  # OURS: CLIP ViT-B/16's own grid. At 8 the head's frozen block costs six times as much
 
 
@@ -33,7 +38,7 @@ def build_body(name, weights="default"):
 
     The file is in the publisher's own format: torchvision's, or MSCAN's for SegNeXt. Raises ModelError."""
     if name not in BODIES:
-        raise ModelError(f"no body {name!r}: choose one of {', '.join(BODIES)}")
+        raise ModelError(f"no body {name[:60]!r}: choose one of {', '.join(BODIES)}")
     if name == "small":
         return channels_last(SmallBody())  # no ImageNet weights exist
     if name in SEGNEXT:
@@ -47,18 +52,27 @@ def build_body(name, weights="default"):
     try:
         if weights == "default":
             with first_on_machine():
-                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        if name in SEGNEXT:
-            load_mscan(body, state)
-        else:  # strictly, and into the whole network: the stages share its tensors' names
-            models.get_model(TORCHVISION[name][0]).load_state_dict(state)
-            body.backbone.load_state_dict({key: state[key] for key in body.backbone.state_dict()})
-    except Exception as error:
-        raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {first_line(error, 160)}): put "
-                         f"{url} at {file}, or give --body-weights FILE or none") from None
+                fetch(file, [url], sha256=file.stem.rpartition("-")[2])  # its first digits
+        load_backbone(body.backbone, name, file if weights == "default" else Path(weights))
+    except ArchiveError as error:
+        raise ModelError(f"no ImageNet weights for {name}: {error}. Published: {url}; --body-weights also takes a "
+                         "FILE or none") from None
     return body
+
+
+def load_backbone(backbone, name, path):
+    """Fills a body's backbone. Every tensor of the file must be the network's. Raises ArchiveError."""
+    state, own = read_tensors(path), backbone.state_dict()
+    if name in SEGNEXT:
+        state, wanted = mscan_names(state), own
+    else:  # the classifier too; the stages share the whole network's names
+        with torch.device("meta"):
+            wanted = models.get_model(TORCHVISION[name][0]).state_dict()
+    check_tensors(state, path)
+    if wrong := misfit(state, wanted):
+        raise ArchiveError(f"{path} holds another network, or more than this one: {wrong}")
+    own |= {key: state[key] for key in own if own[key].is_floating_point()}  # not counters and Swin's tables of indices
+    backbone.load_state_dict(own)
 
 
 def channels_last(body):
