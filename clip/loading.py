@@ -111,9 +111,9 @@ def build(state, config):
         transformer_width=len(state["ln_final.weight"]),
         transformer_layers=sum(key.startswith("transformer.") for key in blocks),
         transformer_hidden=len(state["transformer.resblocks.0.mlp.c_fc.weight"]))
-    for key in shapes.keys() & config.keys():
-        if shapes[key] != config[key]:
-            raise CLIPError(f"its config is another model's: {key} is {config[key]} there, {shapes[key]} in the file")
+    for key, size in shapes.items():
+        if config.get(key, size) != size:
+            raise CLIPError(f"its config is another model's: {key} is {config[key]} there, {size} in the file")
     with torch.device("meta"):  # no memory is taken before names and shapes are known to fit
         model = CLIP(**shapes | config)
     if wrong := misfit(state, model.state_dict()):

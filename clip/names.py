@@ -94,6 +94,7 @@ def read_config(path):
         else:
             beside = path.with_name("preprocessor_config.json")
             found, pictures = transformers(config), read_json(beside) if beside.is_file() else {}
+        found["image_resolution"] -= found["image_resolution"] % found["vision_patch_size"]  # the rest is not seen
         for key in ("mean", "std"):
             value = pictures.get(key) or pictures.get(f"image_{key}")
             expect(value is None or type(value) is list and len(value) == 3 and all(

@@ -178,7 +178,8 @@ def read_safetensors(path):
         length = int.from_bytes(file.read(8), "little")
         if length > min(path.stat().st_size, LONGEST_HEADER):
             raise ArchiveError(f"{path} is damaged, its header would have {length} bytes: fetch it again")
-        header, data = json.loads(file.read(length)), memoryview(bytearray(file.read()))
+        header, data = json.loads(file.read(length)), memoryview(bytearray(path.stat().st_size - 8 - length))
+        file.readinto(data)
     header.pop("__metadata__", None)
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

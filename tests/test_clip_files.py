@@ -18,10 +18,13 @@ from clip import loading
 
 SMALL = dict(embed_dim=24, image_resolution=32, vision_layers=2, vision_width=48, vision_patch_size=16,
              context_length=77, vocab_size=49408, transformer_width=8, transformer_layers=1)  # 0.5 million parameters
-TRANSFORMERS = {"model_type": "clip",
-                "text_config": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
-                "vision_config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}}
-OPEN_CLIP = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"width": 48, "layers": 2, "head_width": 16},
+TRANSFORMERS = {"model_type": "clip", "projection_dim": 24,
+                "text_config": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                "intermediate_size": 32},
+                "vision_config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+                                  "intermediate_size": 192, "image_size": 35, "patch_size": 16}}  # 2×2 patches
+OPEN_CLIP = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"width": 48, "layers": 2, "head_width": 16,
+                                                           "image_size": 32},
                            "text_cfg": {"width": 8, "layers": 1, "heads": 2}}}
 JUNK = [None, True, -1, 0, 2 ** 63, 10 ** 30, 0.5, float("nan"), float("inf"), "", "x", [], {}, [1, [2]], {"a": 1}]
 
@@ -48,8 +51,11 @@ def refused(path, message):
 
 
 def same(path, state):
-    loaded = clip.load(path).state_dict()
+    """It loads with these weights -> the remark on it."""
+    model = clip.load(path)
+    loaded = model.state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key].float()) for key in state)
+    return model.remark
 
 
 def with_(config, path, value):
@@ -63,21 +69,23 @@ def with_(config, path, value):
 
 
 def test_every_wrapping_by_one_rule(small, tmp_path):
+    """Any prefix, any of torch.save's formats; what stands beside CLIP is left out and named."""
     path, text = tmp_path / "wrapped.pt", ("transformer.", "token_emb", "positional", "ln_final", "text_proj")
     custom = {"text." * key.startswith(text) + key: x for key, x in small.items()}  # open_clip's CustomTextCLIP
-    loop = {"state_dict": small}
+    loop, optimizer = {"state_dict": small}, {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     loop["self"] = loop
-    contents = [loop, {key: torch.nn.Parameter(x) for key, x in small.items()},
-                custom | {"text.attn_mask": torch.zeros(7, 7), "logit_bias": torch.zeros(())}]
+    contents = [(loop, ""), ({key: torch.nn.Parameter(x) for key, x in small.items()}, ""), (
+        custom | {"text.attn_mask": torch.full((7, 7), -torch.inf).triu(1), "logit_bias": torch.zeros(())}, "")]
     for prefix in ("", "module.", "clip_model.", "module._orig_mod.model.clip."):
         named = {prefix + key: x for key, x in small.items()}
-        optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
-        contents += [named, {"state_dict": named, "optimizer": optimizer, "epoch": 3}, {"model": {"state_dict": named}}]
-        contents += [named | {"head.weight": torch.ones(2), "epoch": 3}] if prefix else []
-    for content in contents:
-        torch.save(content, path)
-        same(path, small)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        contents += [(named, ""), ({"model": {"state_dict": named}}, ""), (
+            {"state_dict": named, "optimizer": optimizer, "epoch": 3}, "1 tensors are left out.*'optimizer'")]
+        contents += [(named | {"head.weight": torch.ones(2, dtype=torch.int64)}, r"\['head'\]")] if prefix else []
+        contents += [({"epoch": 3, "states": [optimizer], "model": named}, r"\['states'\]")]  # Lightning's is a list
+    for (content, left_out), zipped in [(content, zipped) for content in contents for zipped in (True, False)]:
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        assert re.search(left_out, same(path, small)) and ("left out" in clip.load(path).remark) == bool(left_out)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         state = {key: x.to(dtype) for key, x in small.items()}
         ids = {"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
         path.write_bytes(save({prefix + key: x for key, x in (state | ids).items()}, {"format": "pt"}))
@@ -85,27 +93,43 @@ def test_every_wrapping_by_one_rule(small, tmp_path):
 
 
 def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
-    path, data, no_archive = tmp_path / "bad.pt", tiny_clip_file.read_bytes(), "no file of torch.save .*safetensors"
-    middle = len(data) // 2
+    path, data, no_file = tmp_path / "bad.pt", tiny_clip_file.read_bytes(), "no file of torch.save, of safetensors"
+    middle, beside, proj, long = len(data) // 2, {"state_dict": small}, small["visual.proj"], "x" * 10 ** 6
     wide = clip.CLIP(**SMALL | dict(vision_width=1280, vision_layers=1)).state_dict()
+    image = {k: x for k, x in small.items() if k.startswith("visual.")}
+    text = {k: x for k, x in small.items() if not k.startswith("visual.")}
     for content, message in [
-            (data[:middle], "truncated"), (b"hello", no_archive), (b"", no_archive),
+            (data[:middle], "truncated"), (b"hello", no_file), (b"", no_file), (b"\x80\x02" + data, "damaged"),
             (data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:], "damaged"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
-            ({"state_dict": small, "args": argparse.Namespace(lr=1)}, "wants the class argparse.Namespace.*torch.save"),
-            ({"state_dict": small, "best": np.float64(1)}, r"wants the class numpy\S*scalar.*weights_only=False"),
+            (beside | {"args": argparse.Namespace(lr=1)}, "wants the class argparse.Namespace.*torch.save"),
+            (beside | {"best": np.float64(1)}, r"wants the class numpy\S*scalar.*weights_only=False"),
             ([1, 2], "no CLIP with a ViT: none of its 0 tensors"), ({"a": torch.zeros(1)}, "none of its 1 tensors"),
-            ({"a": small, "b": small | {"logit_scale": torch.ones(())}}, "2 CLIPs in it .*save one of them alone"),
-            ({k: x for k, x in small.items() if k != "visual.proj"}, "1 tensors differ.* visual.proj, is missing"),
-            ({k: x for k, x in small.items() if k.startswith("visual.")}, "complete CLIP.*lacks .*'text_projection'"),
-            (small | {"visual.more": torch.zeros(1)}, "another model: .*visual.more, is unexpected"),
-            (small | {"ln_final.bias": torch.zeros(3)}, r"ln_final.bias has shape \(3,\)"),
-            (small | {"visual.proj": small["visual.proj"] * torch.nan}, "not finite"),
+            ({"a": small, "b": small | {"logit_scale": torch.ones(())}}, "2 CLIPs in it .*save one alone"),
+            ({k: x for k, x in small.items() if k != "visual.proj"}, "1 tensors differ.* 'visual.proj', is missing"),
+            (image, "holds CLIP's image tower alone, both"), (text, "CLIP's text tower alone"),
+            ({k.removeprefix("visual."): x for k, x in image.items()}, "CLIP's image tower alone"),
+            ({k: x for k, x in small.items() if "text_proj" not in k}, "not a complete CLIP: it lacks .*text_projection"),
+            (small | {"visual.more": torch.zeros(1)}, "another model: .*'visual.more', is unexpected"),
+            (small | {"visual.lora_A": torch.zeros(1)}, "'visual.lora_A', is unexpected"),
+            (beside | {"lora": {"A": torch.zeros(1)}}, "1 tensors that would change CLIP's weights, as 'lora.A'"),
+            (beside | {"model_ema": {"visualproj": proj}}, "would change .*'model_ema.visualproj'.*merge"),
+            (beside | {"adapters": [proj, proj]}, "holds 2 tensors that would change"),
+            (small | {"ln_final.bias": torch.zeros(3)}, r"ln_final.bias' has shape \(3,\)"),
+            (small | {"visual.proj": proj * torch.nan}, "not finite"),
+            (small | {"visual.proj": proj.double() * 1e300}, "not finite"),  # as fp32 it is not
+            (small | {"visual.proj": proj.to(torch.int8)}, "'visual.proj' is torch.int8, expected floats"),
+            (small | {"visual.proj": proj.to(torch.complex64)}, "plain tensors"),
             (small | {"visual.proj": torch.zeros(1).expand(48, 10 ** 9)}, "larger tensors than it holds"),
             (small | {"visual.conv1.weight": torch.zeros(200_000, 1, 1, 1)}, "has shape"),  # asks for 10^11 parameters
             (small | {"visual.layer1.0.conv1.weight": torch.zeros(1)}, "a ResNet CLIP .*use a CLIP with .*ViT"),
             ({"vision_model.head.probe": torch.zeros(1)}, "SigLIP"), ({"visual.trunk.x": torch.zeros(1)}, "timm"),
             (small | {"token_embedding.weight": torch.zeros(100, 8)}, "has 100 tokens, CLIP's tokenizer has 49408"),
+            (small | {"logit_scale": torch.tensor(100.0)}, r"its logit_scale is 100, expected the logarithm"),
+            (small | {"logit_scale": torch.tensor(0.07)}, r"its logit_scale is 0.07, expected the logarithm"),
+            (small | {long: proj}, "is unexpected"), (small | {"\n\x1b[2J": proj}, r"'\\n\\x1b\[2J', is unexpected"),
+            ({long: {"a": small}}, "a name of 1000001 characters"), (beside | {"state_dict.visual.proj": proj}, "two"),
+            (small | {"text.ln_final.bias": torch.zeros(8)}, "'ln_final.bias' twice"),
             (wide, "width 1280, OpenAI's widest is 1024")]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         refused(path, message)
@@ -114,6 +138,23 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
     (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
     refused(tmp_path / "sharded", "weights in several files: join them")
     refused(tmp_path / "absent.pt", "no CLIP file.*ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px")
+    with pytest.raises(clip.CLIPError, match="no CLIP file x{200}: give"):
+        clip.load(long)
+
+
+@pytest.mark.parametrize("name", ["net-{}.pth", "{}"])
+def test_a_sha256_in_the_name_is_checked(name, small, tmp_path):
+    """As torch.hub names files, and Hugging Face's cache, which links to them."""
+    torch.save(small, tmp_path / "w.pt")
+    digits = clip.file_sha256(tmp_path / "w.pt")[:8 if "net" in name else 64]
+    right, wrong = tmp_path / name.format(digits), tmp_path / name.format("a0b1c2d3" * (len(digits) // 8))
+    for path in (right, wrong):
+        path.write_bytes((tmp_path / "w.pt").read_bytes())
+        (tmp_path / "link.pt").unlink(missing_ok=True)
+        (tmp_path / "link.pt").symlink_to(path)
+        same(tmp_path / "link.pt", small) if path == right else refused(tmp_path / "link.pt", "sha256.*a0b1c2d3.*rename")
+    torch.save(small, tmp_path / "net-20240131.pth")  # a date
+    same(tmp_path / "net-20240131.pth", small)
 
 
 def test_damaged_safetensors_are_refused_and_take_no_memory(small, tmp_path):
@@ -130,13 +171,13 @@ def test_damaged_safetensors_are_refused_and_take_no_memory(small, tmp_path):
     contents += [n.to_bytes(8, "little") + whole[8:] for n in (2 ** 63, 2 ** 64 - 1, 10 ** 9, len(whole), 0, 1)]
     changes = [("shape", x) for x in ([10 ** 12], [2 ** 62, 4], [0], [-48, -24], [1] * 100, [48, 24, 2], [10 ** 9] * 8)]
     changes += [("data_offsets", [n + shift for n in place]) for shift in (-8, 4, 10 ** 12, -10 ** 12)]
-    changes += [("data_offsets", header["text_projection"]["data_offsets"]), ("dtype", "F64"), ("dtype", "I8")]
+    changes += [("data_offsets", header["text_projection"]["data_offsets"]), ("dtype", "F64"), ("dtype", "F8_E4M3")]
     changes += [(key, junk) for key in ("shape", "data_offsets", "dtype") for junk in JUNK]
     contents += [join(json.dumps(header | {name: header[name] | {key: value}}).encode()) for key, value in changes]
     for content in contents:
         path.write_bytes(content)
         tracemalloc.start()
-        refused(path, "damaged, |has dtype|no file of")
+        refused(path, "damaged|has dtype|no file of")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < len(content) + 2_000_000, content[:200]  # 2 MB: the header as objects
@@ -163,7 +204,7 @@ def heads(model):
     return image.attn.heads, text.attn.heads, type(image.mlp.gelu).__name__
 
 
-def test_the_config_decides_what_no_shape_tells(small, folder):
+def test_the_config_decides_what_no_shape_tells(small, folder, monkeypatch):
     config, file, seen, images = folder / "config.json", folder / "model.safetensors", {}, torch.rand(1, 3, 32, 32)
     text4 = TRANSFORMERS["text_config"] | {"num_attention_heads": 4}
     for content, want in [
@@ -180,13 +221,20 @@ def test_the_config_decides_what_no_shape_tells(small, folder):
             assert torch.equal(twin(images), model.visual(images))
             assert seen.setdefault(want, clip.fingerprint(model)) == clip.fingerprint(model)
     assert len(set(seen.values())) == len(seen) == 3
-    # of two libraries' files in one folder, each is read with its own config
+    alone = file.rename(folder / "other.safetensors")  # the only file of weights: the config is its
+    assert heads(clip.load(folder)) == heads(clip.load(alone)) == want
+    # of two libraries' files in one folder, each is read with its own config; a file of another name stands alone
     (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
-    config.write_text(json.dumps(TRANSFORMERS))
+    config.write_text("\ufeff" + json.dumps(TRANSFORMERS), encoding="utf-8")
     torch.save(small, folder / "open_clip_pytorch_model.bin")
+    file.write_bytes(alone.read_bytes())
     assert (heads(clip.load(folder))[2], heads(clip.load(file))[2]) == ("GELU", "QuickGELU")
-    alone = clip.load(file.rename(folder / "other.safetensors"))  # a file of any other name stands alone
-    assert heads(alone) == (1, 1, "QuickGELU") and "no config" in alone.remark
+    model = clip.load(alone)
+    assert heads(model) == (1, 1, "QuickGELU") and "no config" in model.remark
+    monkeypatch.setitem(clip.MODELS, "theirs", (clip.file_sha256(alone), "x.pt"))  # were it one of OpenAI's
+    assert clip.load(alone).remark is None
+    monkeypatch.chdir(folder)
+    assert clip.load("toy/clip.pt").remark is None  # found from any folder
 
 
 def test_statistics_of_pictures(folder):
@@ -212,6 +260,11 @@ def test_unusual_and_damaged_configs_are_refused(folder):
             (TRANSFORMERS, "text_config.eos_token_id", 1, "eos_token_id is 1"),
             (TRANSFORMERS, "vision_config", None, "vision_config is None, expected a JSON object"),
             (TRANSFORMERS, "vision_config.num_hidden_layers", 12, "another model's: vision_layers is 12 there"),
+            (TRANSFORMERS, "projection_dim", 512, "embed_dim is 512 there, 24 in the file"),
+            (TRANSFORMERS, "vision_config.image_size", 48, "image_resolution is 48 there, 32 in the file"),
+            (TRANSFORMERS, "text_config.intermediate_size", 2048, "transformer_hidden is 2048 there, 32"),
+            (OPEN_CLIP, "model_cfg.vision_cfg.mlp_ratio", 3.5, "vision_hidden is 168 there, 192 in the file"),
+            (OPEN_CLIP, "model_cfg.quick_gelu", 1, "quick_gelu is 1, expected true or false"),
             (TRANSFORMERS, "text_config.num_attention_heads", 3, "width of 8 cannot be split among 3 heads"),
             (OPEN_CLIP, "model_cfg.vision_cfg.act_kwargs", {"approximate": "tanh"}, "act_kwargs is {'approxi"),
             (OPEN_CLIP, "model_cfg.text_cfg.no_causal_mask", True, "no_causal_mask is True"),
@@ -240,21 +293,24 @@ def test_unusual_and_damaged_configs_are_refused(folder):
 
 
 def test_downloads(monkeypatch, tmp_path, tiny_clip_file, capsys):
+    """In order, once, from a mirror of Hugging Face if HF_ENDPOINT names one."""
     sha256, path = clip.file_sha256(tiny_clip_file), tmp_path / "cache" / "tiny.pt"
     where = [f"/openaipublic.azureedge.net/clip/models/{sha256}/tiny.pt",
-             "/huggingface.co/jinaai/clip-models/resolve/main/tiny.pt", "/good/tiny.pt"]
+             "/mirror/jinaai/clip-models/resolve/main/tiny.pt", "/good/tiny.pt"]
     files = {where[1]: b"other", where[2]: tiny_clip_file.read_bytes()}
     monkeypatch.setattr(clip, "CACHE", path.parent)
     monkeypatch.setitem(clip.MODELS, "tiny", (sha256, "tiny.pt"))
+    assert loading.HUB == "https://huggingface.co"
     with serve(files) as (base, asked):
         addresses = [address.replace("https://", base) for address in loading.ADDRESSES] + [base + "good/{file}"]
         monkeypatch.setattr(loading, "ADDRESSES", addresses)
+        monkeypatch.setenv("HF_ENDPOINT", base + "mirror/")
         assert clip.load("tiny").remark is None and clip.load("tiny").visual.output_dim == 128
-        assert [place for place, _ in asked] == where and list(clip.CACHE.iterdir()) == [path]  # in order, and once
+        assert [place for place, _ in asked] == where and list(clip.CACHE.iterdir()) == [path]
         printed = capsys.readouterr().out
         assert printed.count("downloading http") == 3 and printed.count("failed: ") == 2 and "404" in printed
         path.write_bytes(b"spoilt")
-        with pytest.raises(clip.CLIPError, match=r"tiny.pt is not OpenAI's tiny \(its sha256 differs\): delete it"):
+        with pytest.raises(clip.CLIPError, match="tiny.pt is damaged or another file: its sha256.* Delete it"):
             clip.load("tiny")
         assert len(asked) == 3  # not overwritten unasked
         path.unlink()
@@ -264,11 +320,3 @@ def test_downloads(monkeypatch, tmp_path, tiny_clip_file, capsys):
     line = str(error.value)
     assert line.count(" said: ") == 3 and "404" in line and "invalid hash" in line and "refused" in line
     assert str(path) in line and sha256 in line and "\n" not in line and not list(clip.CACHE.iterdir())
-
-
-def test_the_remark_is_of_strangers_only(tiny_clip_file, tmp_path, monkeypatch):
-    assert "not one of OpenAI's files" in clip.load(tiny_clip_file).remark
-    monkeypatch.chdir(tmp_path)
-    assert clip.load("toy/clip.pt").remark is None  # found from any folder
-    monkeypatch.setitem(clip.MODELS, "theirs", (clip.file_sha256(tiny_clip_file), "x.pt"))
-    assert clip.load(tiny_clip_file).remark is None
