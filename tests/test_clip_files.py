@@ -142,19 +142,18 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
         clip.load(long)
 
 
-@pytest.mark.parametrize("name", ["net-{}.pth", "{}"])
-def test_a_sha256_in_the_name_is_checked(name, small, tmp_path):
-    """As torch.hub names files, and Hugging Face's cache, which links to them."""
-    torch.save(small, tmp_path / "w.pt")
-    digits = clip.file_sha256(tmp_path / "w.pt")[:8 if "net" in name else 64]
-    right, wrong = tmp_path / name.format(digits), tmp_path / name.format("a0b1c2d3" * (len(digits) // 8))
-    for path in (right, wrong):
-        path.write_bytes((tmp_path / "w.pt").read_bytes())
-        (tmp_path / "link.pt").unlink(missing_ok=True)
-        (tmp_path / "link.pt").symlink_to(path)
-        same(tmp_path / "link.pt", small) if path == right else refused(tmp_path / "link.pt", "sha256.*a0b1c2d3.*rename")
-    torch.save(small, tmp_path / "net-20240131.pth")  # a date
-    same(tmp_path / "net-20240131.pth", small)
+@pytest.mark.parametrize("length, name", [(8, "net-{}.pth"), (64, "{}")])
+def test_a_sha256_in_the_name_is_checked(length, name, small, tmp_path):
+    """As torch.hub names files, and Hugging Face's cache, which links to them. Eight decimal digits are a date."""
+    link = tmp_path / "link.pt"
+    torch.save(small, link)
+    right = link.rename(tmp_path / name.format(clip.file_sha256(link)[:length]))
+    for digits in (None, "a0b1c2d3" * 8, "20240131"):
+        path = right if digits is None else right.rename(tmp_path / name.format(digits[:length]))
+        link.symlink_to(path)
+        refused(link, "sha256.*a0b1c2d3.*rename") if digits and digits[0] == "a" else same(link, small)
+        link.unlink()
+        right = path
 
 
 def test_damaged_safetensors_are_refused_and_take_no_memory(small, tmp_path):
