@@ -1,6 +1,7 @@
 """What others call the same things: open_clip's and transformers' parameter names and config files."""
 import json
 import re
+from itertools import accumulate
 
 import torch
 
@@ -43,8 +44,8 @@ def openai_names(tensors):
     (name, anchor), state = found[0], {}
     prefix = name.removesuffix(anchor)
     beside = sorted(name for name in tensors if not name.startswith(prefix))
-    if changing := [name for name in beside if CHANGES.search(name)]:
-        raise CLIPError(f"holds {len(changing)} tensors that would change CLIP's weights, as {changing[0][:60]!r}: "
+    if changing := [name for name in tensors if CHANGES.search(name.removeprefix(prefix))]:
+        raise CLIPError(f"holds {len(changing)} tensors that would change CLIP's weights, as {changing[0][-60:]!r}: "
                         "merge them in, or save the weights alone if you want them as they are")
     for name, tensor in tensors.items():
         name = name.removeprefix(prefix).removeprefix("text.") if name.startswith(prefix) else ""
@@ -60,8 +61,14 @@ def openai_names(tensors):
             state[name.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)  # (3W, W), or (3W) of a bias
         for name in ("visual.proj", "text_projection"):
             state[name] = state[name].t()  # (D, W) -> (W, D)
-    parts = sorted({name.split(".")[0][:40] for name in beside})
+    parts = ", ".join(sorted({repr(branch(name, prefix)[:60]) for name in beside}))[:200]
     return state, f"{len(beside)} tensors are left out, as no part of CLIP: {parts}" if beside else None
+
+
+def branch(name, prefix):
+    """Where a name leaves the prefix: state_dict.head.weight, state_dict.clip. -> state_dict.head"""
+    starts = accumulate(name.split("."), "{}.{}".format)
+    return next((start for start in starts if not prefix.startswith(f"{start}.")), name)
 
 
 # ---------------------------------------------------------------- config files
@@ -98,9 +105,10 @@ def read_config(path):
         for key in ("mean", "std"):
             value = pictures.get(key) or pictures.get(f"image_{key}")
             expect(value is None or type(value) is list and len(value) == 3 and all(
-                type(x) in (int, float) and 0 <= x < 1e3 for x in value), key, value, "three numbers")
+                type(x) in (int, float) and 0 <= x <= 1 for x in value), key, value, "three numbers of 0 to 1")
             found |= {key: tuple(value)} if value else {}
         expect(all(found.get("std", (1,))), "std", 0, "numbers above 0")
+        expect(pictures.get("do_normalize", True) is True, "do_normalize", pictures.get("do_normalize"), "true")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CLIPError(f"{path}: no config of a CLIP that this code can build: {str(error)[:160]}") from None
     return found

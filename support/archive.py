@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import re
 import socket
@@ -18,6 +19,7 @@ import torch
 
 from support import UserError, first_line
 
+LARGEST = 1e18  # no weight is; one flipped bit of an exponent makes such a number
 SILENCE = 60  # seconds without a byte after which an address counts as dead
 DIGITS = re.compile(r"-([0-9a-f]{8})\.pth$|^([0-9a-f]{64})$")  # of its sha256: torch.hub's names, Hugging Face's cache
 
@@ -53,6 +55,8 @@ def read_tensors(path, sha256=None):
     """File -> {name: tensor}; nested dicts and lists give dotted names, "state_dict.module.visual.proj".
 
     sha256: the published one; by default, what the file's name says of it, if anything. Raises ArchiveError."""
+    if not os.path.isfile(path):
+        raise ArchiveError(f"no file {str(path)[:200]}")
     with plain_errors(path):
         check_sha256(path, sha256)
         with open(path, "rb") as file:
@@ -66,7 +70,10 @@ def read_tensors(path, sha256=None):
         if head[:2] != b"PK":
             raise ArchiveError(f"{path} is no file of torch.save, of safetensors or of TorchScript")
         with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            ends = {name.rpartition("/")[2] for name in archive.namelist()}
+            if "data.pkl" not in ends:
+                raise ArchiveError(f"{path} is a zip of other things: unpack it, or save the weights by torch.save")
+            scripted = "constants.pkl" in ends
             return flatten(read_torchscript(archive, path) if scripted else read_archive(path), path)
 
 
@@ -104,9 +111,9 @@ def plain_errors(path):
     except (zipfile.BadZipFile, EOFError):
         raise ArchiveError(f"{path} is truncated or damaged: fetch it again") from None
     except Exception as error:  # a damaged or foreign file may raise anything
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's own advice comes before, in colours
-        text = f"is damaged or cannot be read as tensors ({type(error).__name__}: {first_line(reason)})"
-        if wanted := re.search(r"GLOBAL ([\w.]+)", reason):  # so both unpicklers name the class that they refuse
+        reason = first_line(error).partition("Weights only load failed")[0] or "no tensors"  # not torch's advice
+        text = f"is damaged or cannot be read as tensors ({type(error).__name__}: {reason})"
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):  # so both unpicklers name the class that they refuse
             text = (f"holds more than tensors: it wants the class {wanted[1][:60]}, and nothing in a file is run here. "
                     f'If you trust it, load it where it was made, torch.load("{path.name}", weights_only=False), and '
                     'save the tensors alone: torch.save(model.state_dict(), "weights.pt")')
@@ -140,8 +147,9 @@ def check_tensors(state, path):
     if sum(x.numel() * x.element_size() for x in state.values()) > 2 * path.stat().st_size:
         raise ArchiveError(f"{path} names larger tensors than it holds: it is damaged or hostile")
     for key, tensor in state.items():
-        if not tensor.float().isfinite().all():  # as fp32, in which a large fp64 is infinite
-            raise ArchiveError(f"{path}: {key[:60]!r} holds values that are not finite: the file is damaged")
+        if not (tensor.float().abs() < LARGEST).all():  # as fp32, in which a large fp64 is infinite
+            raise ArchiveError(f"{path}: {key[:60]!r} holds values that are not finite or beyond {LARGEST:g}: the file "
+                               "is damaged")
 
 
 def misfit(state, wanted):
