@@ -64,12 +64,11 @@ def test_weights_load_from_a_file_or_say_why(name, tmp_path):
         loaded = bodies.build_body(name, path).backbone.state_dict()
         assert all(torch.equal(x, content[key].float()) for key, x in loaded.items() if x.is_floating_point())
     for content, words in (
-            (b"no", "no file of torch.save"), ({"a": torch.zeros(1)}, "tensors differ, the first, 'a', is unexpected"),
+            ({"a": torch.zeros(1)}, "tensors differ, the first, 'a', is unexpected"),
             ({k: x for k, x in state.items() if k != key}, f"1 tensors differ, .*{key}', is missing"),
-            (state | {"x" * 10 ** 6: torch.zeros(1)}, "'x{60}', is unexpected"),
             (state | {key: state[key] * torch.nan}, "not finite"), (state | {key: state[key][1:]}, "has shape"),
             (state | {key: state[key].to(torch.int8)}, f"{key}' is torch.int8, expected floats")):
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        torch.save(content, path)
         with pytest.raises(bodies.ModelError, match=rf"\A[^\n]*w.pth.*{words}[^\n]{{,90}} Published: https://[^\n]*\Z"):
             bodies.build_body(name, path)
 

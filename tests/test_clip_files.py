@@ -6,6 +6,7 @@ import pickle
 import re
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def refused(path, message):
     with pytest.raises(clip.CLIPError) as error:
         clip.load(path)
     line = str(error.value)
-    assert re.search(message, line) and "\n" not in line and path.name in line and len(line) < 900, line
+    assert re.search(message, line) and "\n" not in line and path.name[:200] in line and len(line) < 900, line
 
 
 def same(path, state):
@@ -86,8 +87,8 @@ def test_every_wrapping_by_one_rule(small, tmp_path):
 
 def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
     path, data, no_file = tmp_path / "bad.pt", tiny_clip_file.read_bytes(), "no file of torch.save, of safetensors"
-    middle, beside, proj, one, long = len(data) // 2, {"state_dict": small}, small["visual.proj"], torch.ones(1), "x" * 10 ** 6
-    image = {key: x for key, x in small.items() if key.startswith("visual.")}
+    middle, beside, proj, one = len(data) // 2, {"state_dict": small}, small["visual.proj"], torch.ones(1)
+    image, long = {key: x for key, x in small.items() if key.startswith("visual.")}, "x" * 10 ** 6
     contents = [
         (data[:middle], "truncated"), (b"hello", no_file), (b"", no_file), (b"\x80\x02" + data, "damaged"),
         (data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:], "damaged"),
@@ -104,14 +105,14 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
         (beside | {"adapters": [one, one]}, "2 tensors that would"), (beside | {"state_dict.visual.proj": proj}, "two"),
         ({long: {"a": small}}, "a name of 1000001 characters"), ({"vision_model.head.probe": one}, "SigLIP"),
         ({"visual.trunk.x": one}, "a CLIP with a timm image tower"),
-        (clip.CLIP(**SMALL | dict(vision_width=1280, vision_layers=1)).state_dict(), "width 1280, OpenAI's widest is 1024")]
+        (clip.CLIP(**SMALL | dict(vision_width=1280, vision_layers=1)).state_dict(), "width 1280, OpenAI's widest")]
     contents += [(small | {key: value}, message) for key, value, message in [
         ("visual.more", one, "another model: .*'visual.more', is unexpected"), (long, proj, "'x{60}', is unexpected"),
         ("\n\x1b[2J", proj, r"'\\n\\x1b\[2J', is unexpected"), ("text.ln_final.bias", one, "'ln_final.bias' twice"),
         ("visual.lora_A", one, "1 tensors that would change CLIP's weights, as 'visual.lora_A'"),
         ("ln_final.bias", torch.zeros(3), r"ln_final.bias' has shape \(3,\)"),
         ("visual.proj", proj * torch.nan, "not finite"), ("visual.proj", proj * 1e30, "not finite or beyond 1e"),
-        ("visual.proj", proj.double() * 1e300, "not finite"), ("visual.proj", proj.to(torch.complex64), "plain tensors"),
+        ("visual.proj", proj.double() * 1e300, "not finite"), ("visual.proj", proj + 0j, "plain tensors"),
         ("visual.proj", proj.to(torch.int8), "'visual.proj' is torch.int8, expected floats"),
         ("visual.proj", one.expand(48, 10 ** 9), "larger tensors than it holds"),
         ("visual.conv1.weight", torch.zeros(200_000, 1, 1, 1), "has shape"),  # asks for 10^11 parameters
@@ -122,13 +123,12 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
     for content, message in contents:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         refused(path, message)
-    (tmp_path / "sharded").mkdir()
-    refused(tmp_path / "sharded", "a folder without open_clip_model.safetensors, ")
-    (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
-    refused(tmp_path / "sharded", "weights in several files: join them")
     refused(tmp_path / "absent.pt", "no CLIP file.*ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px")
-    with pytest.raises(clip.CLIPError, match="no CLIP file x{200}: give"):
-        clip.load(long)
+    refused(Path(long), "no CLIP file x{200}: give")
+    path.unlink()
+    refused(tmp_path, "a folder without open_clip_model.safetensors, ")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    refused(tmp_path, "weights in several files: join them")
 
 
 @pytest.mark.parametrize("name, ok", [("net-{:.8}.pth", 1), ("{}", 1), ("net-a0b1c2d3.pth", 0), ("a0b1c2d3" * 8, 0),
@@ -167,18 +167,13 @@ def test_damaged_safetensors_are_refused_and_take_no_memory(small, tmp_path):
         assert peak < len(content) + 2_000_000, content[:200]  # 2 MB: the header as objects
 
 
-def test_a_hostile_archive_runs_nothing(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-
-    for scripted in (True, False):
-        with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
-            archive.writestr("evil/data.pkl", pickle.dumps(Evil(), protocol=2))
-            archive.writestr("evil/version", "3\n")
-            if scripted:
-                archive.writestr("evil/constants.pkl", pickle.dumps((), protocol=2))
-        refused(tmp_path / "evil.pt", "wants the class posix.system")
+@pytest.mark.parametrize("more", [(), ("evil/constants.pkl",)])
+def test_a_hostile_archive_runs_nothing(more, tmp_path):
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.system, (f"touch {tmp_path}/ran",))})()
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        for name in ("evil/data.pkl", "evil/version", *more):  # with constants.pkl it is TorchScript
+            archive.writestr(name, pickle.dumps(evil, protocol=2) if name.endswith("pkl") else "3\n")
+    refused(tmp_path / "evil.pt", "wants the class posix.system")
     assert not (tmp_path / "ran").exists()
 
 
@@ -263,17 +258,14 @@ def test_unusual_and_damaged_configs_are_refused(folder):
                     b'{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}, "preprocess_cfg": 7}'):
         config.write_bytes(content)
         refused(folder, "config.json: no config of a CLIP")
-    for base, paths in (
-            (TRANSFORMERS, ("text_config.num_attention_heads", "vision_config.hidden_size", "text_config",
-                            "vision_config.hidden_act", "text_config.layer_norm_eps")),
-            (OPEN_CLIP, ("model_cfg.vision_cfg.head_width", "model_cfg.text_cfg.heads", "model_cfg.text_cfg",
-                         "model_cfg.vision_cfg.layers", "model_cfg.vision_cfg.made_up", "preprocess_cfg.std"))):
-        for path, junk in [(path, junk) for path in paths for junk in JUNK]:
+    for base, path in [
+            *[(TRANSFORMERS, path) for path in ("text_config.num_attention_heads", "vision_config.hidden_size",
+              "text_config", "vision_config.hidden_act", "text_config.layer_norm_eps")],
+            *[(OPEN_CLIP, f"model_cfg.{path}") for path in ("vision_cfg.head_width", "text_cfg.heads", "text_cfg",
+              "vision_cfg.layers")], (OPEN_CLIP, "preprocess_cfg")]:
+        for junk in JUNK if path != "preprocess_cfg" else [{"std": junk} for junk in JUNK if junk]:
             config.write_text(json.dumps(with_(base, path, junk)))
-            if not junk and (path.endswith("std") or path.endswith("made_up") and junk in (None, 0, {})):  # off
-                assert heads(clip.load(folder))[:2] == (3, 2)
-            else:
-                refused(folder, "config")
+            refused(folder, "config")
 
 
 def test_downloads(monkeypatch, tmp_path, tiny_clip_file, capsys):
