@@ -220,10 +220,11 @@ def test_statistics_of_pictures(folder):
     """LAION's ViT-L/14 was trained with mean and std 0.5."""
     found, half, pictures = [], [0.5] * 3, torch.rand(1, 3, 32, 32)
     quick = with_(with_(OPEN_CLIP, "model_cfg.quick_gelu", True), "preprocess_cfg", {"mean": half, "std": half})
-    for config, beside in ((TRANSFORMERS, {}), (TRANSFORMERS, {"image_mean": half, "image_std": half}), (quick, {})):
+    for config, beside in ((TRANSFORMERS, {}), (TRANSFORMERS, {"image_mean": half, "image_std": half}), (quick, {}),
+                           (TRANSFORMERS, {"do_normalize": False})):
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "preprocessor_config.json").write_text(json.dumps(beside))
-        found.append(clip.load(folder))
+        refused(folder, "do_normalize is False") if "do_normalize" in beside else found.append(clip.load(folder))
     usual, ours, too = found
     undone = (pictures * 2 - 1) * usual.visual.std + usual.visual.mean  # which usual normalises to the same
     assert torch.allclose(ours.encode_image(pictures), usual.encode_image(undone), atol=1e-5)
