@@ -57,7 +57,7 @@ def load(name_or_path):
         raise CLIPError(f"{path}: {error}") from None
     except Exception as error:  # a foreign file may raise anything
         raise CLIPError(f"{path}: no weights of a CLIP ({type(error).__name__}: {first_line(error)})") from None
-    remarks = [beside] if beside else []
+    remarks = [f"{path}: {beside}"] if beside else []
     if not known and not config:
         remarks += [f"{path} is not one of OpenAI's files and has no config: assuming QuickGELU and heads of "
                     f"{HEAD_WIDTH} as in theirs. This is wrong for a CLIP with plain GELU (most of LAION's): put it "

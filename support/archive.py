@@ -147,7 +147,7 @@ def check_tensors(state, path):
     if sum(x.numel() * x.element_size() for x in state.values()) > 2 * path.stat().st_size:
         raise ArchiveError(f"{path} names larger tensors than it holds: it is damaged or hostile")
     for key, tensor in state.items():
-        if not (tensor.float().abs() < LARGEST).all():  # as fp32, in which a large fp64 is infinite
+        if not (tensor.float().abs() < LARGEST).all():  # nan is not
             raise ArchiveError(f"{path}: {key[:60]!r} holds values that are not finite or beyond {LARGEST:g}: the file "
                                "is damaged")
 
