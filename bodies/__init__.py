@@ -14,14 +14,20 @@ import torch
 from torchvision import models
 
 from bodies.pretrained import TORCHVISION, TorchvisionBody
-from bodies.segnext import SIZES, WEIGHTS, SegNeXt, load_mscan
+from bodies.segnext import SIZES, WEIGHTS, SegNeXt, mscan_names
 from bodies.small import SmallBody
-from support import UserError, first_line
+from support import UserError
+from support.archive import ArchiveError, check_tensors, fetch, misfit, read_tensors
 from support.processes import first_on_machine
 
 SEGNEXT = {f"segnext-{size}": size for size in SIZES}
 BODIES = ("small", *SEGNEXT, *TORCHVISION)
-LEARNING_RATES = {}
+# --lr of the publisher's own recipe: AdamW, 16 crops of 512 pixels, the encoder at a tenth of the rate, as here. Not of
+# Swin (6e-5) and ConvNeXt (1e-4, less in deeper stages): there encoder and decoder share one rate, which is neither of
+# our two. ResNet and MobileNetV2 are published with SGD.
+LEARNING_RATES = dict.fromkeys(SEGNEXT, 6e-4)
+# GB of GPU memory and images/s in training, 16 crops of 512 pixels in bf16 on an H200 (docs/results.md)
+MEASURED = {"mobilenet-v2": (5.2, 249), "resnet50": (5.8, 222), "segnext-b": (14.9, 71)}
 SMALL = Path(__file__).parent.parent / "toy" / "body.pt"  # made by python -m toy.pretrain
 STRIDE = 16  # OURS: CLIP ViT-B/16's own grid. At 8 the head's frozen block costs six times as much
 
@@ -36,35 +42,43 @@ def build_body(name, weights="default"):
     The file is in the publisher's own format: torchvision's, or MSCAN's for SegNeXt. The default of `small` lies in
     this repository and knows scenes of the toy data set. Raises ModelError."""
     if name not in BODIES:
-        raise ModelError(f"no body {name!r}: choose one of {', '.join(BODIES)}")
+        raise ModelError(f"no body {name[:60]!r}: choose one of {', '.join(BODIES)}")
     if name == "small":
-        body = SmallBody()
-        if weights != "none":
-            body.load_state_dict(torch.load(SMALL if weights == "default" else weights, weights_only=True))
-        return channels_last(body)
-    if name in SEGNEXT:
+        body, url = channels_last(SmallBody()), "toy/body.pt of this repository"
+    elif name in SEGNEXT:
         body, url = SegNeXt(SEGNEXT[name], STRIDE), WEIGHTS[SEGNEXT[name]]  # its depthwise convolutions: not faster
     else:
         body = channels_last(TorchvisionBody(name, STRIDE))
         url = models.get_model_weights(TORCHVISION[name][0]).DEFAULT.url
     if weights == "none":
         return body
-    file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    file = SMALL if name == "small" else Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     try:
-        if weights == "default":
+        if weights == "default" and name != "small":
             with first_on_machine():
-                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        if name in SEGNEXT:
-            load_mscan(body, state)
-        else:  # strictly, and into the whole network: the stages share its tensors' names
-            models.get_model(TORCHVISION[name][0]).load_state_dict(state)
-            body.backbone.load_state_dict({key: state[key] for key in body.backbone.state_dict()})
-    except Exception as error:
-        raise ModelError(f"no ImageNet weights for {name} ({type(error).__name__}: {first_line(error, 160)}): put "
-                         f"{url} at {file}, or give --body-weights FILE or none") from None
+                fetch(file, [url], sha256=file.stem.rpartition("-")[2])  # its first digits
+        load_weights(body if name == "small" else body.backbone, name, file if weights == "default" else Path(weights))
+    except ArchiveError as error:
+        raise ModelError(f"no weights for {name}: {error}. Published: {url}; --body-weights also takes a "
+                         "FILE or none") from None
     return body
+
+
+def load_weights(part, name, path):
+    """Fills a body's backbone (`small`: all of it). Every tensor of the file must be the network's. Raises
+    ArchiveError."""
+    state, own = read_tensors(path), part.state_dict()
+    wanted = own
+    if name in SEGNEXT:
+        state = mscan_names(state)
+    elif name in TORCHVISION:  # the classifier too; the stages share the whole network's names
+        with torch.device("meta"):
+            wanted = models.get_model(TORCHVISION[name][0]).state_dict()
+    check_tensors(state, path)
+    if wrong := misfit(state, wanted):
+        raise ArchiveError(f"{path} holds another network, or more than this one: {wrong}")
+    own |= {key: state[key] for key in own if own[key].is_floating_point()}  # not counters and Swin's tables of indices
+    part.load_state_dict(own)
 
 
 def channels_last(body):

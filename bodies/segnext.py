@@ -1,8 +1,7 @@
 """SegNeXt (Guo et al., arXiv 2209.08575): the MSCAN encoder and the LightHam decoder, without the classifier.
 
-    body = SegNeXt("t")                                    # random weights, nothing is downloaded
-    load_mscan(body, torch.load(path, weights_only=True))  # the encoder's ImageNet weights, a file of WEIGHTS
-    x = body(images)                                       # (B, 3, H, W) -> (B, C, ⌈H/8⌉, ⌈W/8⌉) at stride 8
+    body = SegNeXt("t")  # random weights, nothing is downloaded
+    x = body(images)     # (B, 3, H, W) -> (B, C, ⌈H/8⌉, ⌈W/8⌉) at stride 8
 
 Written for this project from the paper and the published configurations. The encoder's parameter names are those of
 the published files, so that these load strictly.
@@ -13,8 +12,6 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from support.archive import misfit
 
 SIZES = {  # size: (widths of the four stages, blocks in each, decoder's width C, R, drop path rate of the last block)
     "t": ((32, 64, 160, 256), (3, 3, 5, 2), 256, 16, 0.1),
@@ -198,17 +195,9 @@ class SegNeXt(nn.Module):
         return x if self.stride == 8 else F.avg_pool2d(x, 2, ceil_mode=True)
 
 
-def load_mscan(body, checkpoint):
-    """Fills `body.backbone` from an MSCAN ImageNet checkpoint: what torch.load gives for a file of WEIGHTS, or for one
-    of the authors' own, which name one layer otherwise. Every tensor must fit but the ImageNet classifier's, `head.*`.
-
-    Raises ValueError, and then the body is as it was."""
-    state = {key.replace(".dwconv.dwconv.", ".dwconv."): tensor
-             for key, tensor in checkpoint.get("state_dict", checkpoint).items() if not key.startswith("head.")}
-    wanted = body.backbone.state_dict()
-    for key, counter in wanted.items():
-        if key.endswith(".num_batches_tracked"):  # BatchNorm does not need its counters; a file may lack them
-            state.setdefault(key, counter)
-    if wrong := misfit(state, wanted):
-        raise ValueError(f"not the weights of this MSCAN, another size or model? {wrong}")
-    body.backbone.load_state_dict(state)
+def mscan_names(tensors):
+    """{name: tensor} of an MSCAN ImageNet checkpoint -> those of the encoder in our names. It is a file of WEIGHTS, or
+    one of the authors' own, which wrap them and name one layer otherwise. The ImageNet classifier, `head.*`, is left
+    out."""
+    state = {key.removeprefix("state_dict.").replace(".dwconv.dwconv.", ".dwconv."): x for key, x in tensors.items()}
+    return {key: x for key, x in state.items() if not key.startswith("head.")}

@@ -5,8 +5,8 @@
     t = model.encode_text(clip.tokenize(["a photo of a cat"]))  # (P, 77) -> (P, D)
     print(model.remark)                                         # None, or what the user should know of the file
 
-model: the two towers. tokenizer: text to ids. loading: names, downloads, architecture. formats: bytes to tensors.
-names: others' parameter names and config files.
+model: the two towers. tokenizer: text to ids. loading: names, downloads, architecture. names: others' parameter
+names and config files. (What reads a file of tensors is support/archive.py.)
 """
 from pathlib import Path
 

@@ -1,20 +1,21 @@
 """clip.load: a name, a file or a folder -> CLIP. Sizes are read off the tensors' shapes, the rest off a config file."""
 import hashlib
-import socket
+import os
 from pathlib import Path
 
 import torch
 
 import clip  # for clip.CACHE, which may be set to another folder
-from clip.formats import read_tensors, why
 from clip.model import CLIP, HEAD_WIDTH, CLIPError
 from clip.names import openai_names, read_config
 from clip.tokenizer import VOCABULARY
-from support.archive import ArchiveError, check_tensors, misfit
+from support import first_line
+from support.archive import ArchiveError, check_tensors, fetch, file_sha256, misfit, read_tensors
 from support.processes import first_on_machine
 
 ADDRESSES = ("https://openaipublic.azureedge.net/clip/models/{sha256}/{file}",  # 404 since October 2025
-             "https://huggingface.co/jinaai/clip-models/resolve/main/{file}")  # the same files, byte by byte
+             "{hub}/jinaai/clip-models/resolve/main/{file}")  # the same files, byte by byte
+HUB = "https://huggingface.co"  # or a mirror, which HF_ENDPOINT names
 MODELS = {  # name: (sha256 of the file, file name)
     "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
     "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
@@ -22,63 +23,76 @@ MODELS = {  # name: (sha256 of the file, file name)
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
 }
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGS = ("open_clip_config.json", "config.json")
 WIDEST = 1024  # ViT-L; wider image towers (ViT-H, g, bigG) have heads of other widths than 64
-SILENCE = 60  # seconds without a byte after which an address counts as dead
+SCALES = (1, 5.5)  # of logit_scale, the logarithm of 1/τ; OpenAI's is at most 4.605
 HERE = Path(__file__).parent.parent
 
 
 def load(name_or_path):
     """A name in MODELS (downloaded once into clip.CACHE), a file or a folder -> CLIP, fp32, frozen, on the CPU.
 
-    A file holds one CLIP, in any format of formats.py and any names of names.py. In a folder it has one of the names in
-    WEIGHTS, and such a file is read with the config next to it. Without a config, what no shape tells
-    (activation, heads, mean and std of images) is as in OpenAI's files, and `remark` says so. Raises CLIPError."""
-    if str(name_or_path) in MODELS:
-        with first_on_machine():
-            path = download(str(name_or_path))
-    else:
-        path = find(name_or_path)
-    config = read_config(file) if (file := config_beside(path)) else {}
+    A file holds one CLIP, in any format of support/archive.py and any names of names.py. In a folder it has one of the
+    names in WEIGHTS, or is the only file of weights; such a file is read with the config next to it. Without a config,
+    what no shape tells (activation, heads, mean and std of images) is as in OpenAI's files. `remark` says so, and which
+    tensors of the file are no part of CLIP. Raises CLIPError."""
+    sha256, file = MODELS.get(str(name_or_path), (None, None))
+    path = clip.CACHE / file if file else find(name_or_path)
     try:
-        state = openai_names(read_tensors(path))
+        if file:
+            hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+            with first_on_machine():
+                fetch(path, [url.format(sha256=sha256, file=file, hub=hub) for url in ADDRESSES], sha256)
+        state, beside = openai_names(read_tensors(path, sha256))
+        known = path.resolve() == HERE / "toy" / "clip.pt" or (sha256 or file_sha256(path)) in dict(MODELS.values())
+        config = None if known else config_beside(path)
         check_tensors(state, path)
-        model = build(state, config)
+        model = build(state, read_config(config) if config else {})
+    except KeyError as error:
+        raise CLIPError(f"{path}: not a complete CLIP: it lacks the tensor {str(error)[:80]}") from None
     except ArchiveError as error:
         raise CLIPError(str(error)) from None
-    except Exception as error:  # a damaged or foreign file may raise anything
-        raise CLIPError(f"{path}: {why(error, path)}") from None
-    known = str(name_or_path) in MODELS or config or path.resolve() == (HERE / "toy" / "clip.pt").resolve()
-    if not known and file_sha256(path) not in [sha256 for sha256, _ in MODELS.values()]:
-        model.remark = (f"{path} is not one of OpenAI's files and has no config: assuming QuickGELU and heads of "
-                        f"{HEAD_WIDTH} as in theirs. This is wrong for a CLIP with plain GELU (most of LAION's): give "
-                        "the folder with its config")
+    except CLIPError as error:
+        raise CLIPError(f"{path}: {error}") from None
+    except Exception as error:  # a foreign file may raise anything
+        raise CLIPError(f"{path}: no weights of a CLIP ({type(error).__name__}: {first_line(error)})") from None
+    remarks = [f"{path}: {beside}"] if beside else []
+    if not known and not config:
+        remarks += [f"{path} is not one of OpenAI's files and has no config: assuming QuickGELU and heads of "
+                    f"{HEAD_WIDTH} as in theirs. This is wrong for a CLIP with plain GELU (most of LAION's): put it "
+                    "into a folder of its own, with its config"]
+    model.remark = "; ".join(remarks) or None
     return model.eval().requires_grad_(False)
 
 
-def find(path):
+def find(name):
     """File or folder -> the file with the weights."""
-    path = Path(path)
-    if not path.exists() and (HERE / path).is_file():  # toy/clip.pt, wherever the command is run
+    path = Path(name)
+    if not os.path.exists(path) and os.path.isfile(HERE / path):  # toy/clip.pt, wherever the command is run
         path = HERE / path
-    if path.is_dir():
-        names = [name for name in WEIGHTS if (path / name).is_file()]
-        if not names and any(path.glob("*.index.json")):
+    if os.path.isdir(path):
+        usual, alone = [path / file for file in WEIGHTS if (path / file).is_file()], weights_in(path)
+        if not usual and any(path.glob("*.index.json")):
             raise CLIPError(f"{path}: weights in several files: join them with transformers' "
                             'CLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="50GB")')
-        if not names:
+        if not usual and len(alone) != 1:
             raise CLIPError(f"{path}: a folder without {', '.join(WEIGHTS)}: give the file itself")
-        path /= names[0]
-    if not path.is_file():
-        raise CLIPError(f"no CLIP file {path}: give a file, a folder or one of {', '.join(MODELS)}")
+        path = (usual or alone)[0]
+    if not os.path.isfile(path):
+        raise CLIPError(f"no CLIP file {str(path)[:200]}: give a file, a folder or one of {', '.join(MODELS)}")
     return path
 
 
+def weights_in(folder):
+    return [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()]
+
+
 def config_beside(path):
-    """The config of weights under one of the names in WEIGHTS, their own library's first; None without one."""
+    """The config of weights under one of the names in WEIGHTS, or alone in their folder; their own library's first."""
     names = sorted(CONFIGS, key=lambda name: name.startswith("open_clip") != path.name.startswith("open_clip"))
-    files = [path.with_name(name) for name in names if path.name in WEIGHTS and path.with_name(name).is_file()]
-    return files[0] if files else None
+    files = [path.with_name(name) for name in names if path.with_name(name).is_file()]
+    return files[0] if files and (path.name in WEIGHTS or weights_in(path.parent) == [path]) else None
 
 
 def build(state, config):
@@ -97,9 +111,9 @@ def build(state, config):
         transformer_width=len(state["ln_final.weight"]),
         transformer_layers=sum(key.startswith("transformer.") for key in blocks),
         transformer_hidden=len(state["transformer.resblocks.0.mlp.c_fc.weight"]))
-    for key in shapes.keys() & config.keys():
-        if shapes[key] != config[key]:
-            raise CLIPError(f"its config is another model's: {key} is {config[key]} there, {shapes[key]} in the file")
+    for key, size in shapes.items():
+        if config.get(key, size) != size:
+            raise CLIPError(f"its config is another model's: {key} is {config[key]} there, {size} in the file")
     with torch.device("meta"):  # no memory is taken before names and shapes are known to fit
         model = CLIP(**shapes | config)
     if wrong := misfit(state, model.state_dict()):
@@ -108,36 +122,13 @@ def build(state, config):
         raise CLIPError(f"has {shapes['vocab_size']} tokens, CLIP's tokenizer has {VOCABULARY}: it needs another one")
     if shapes["vision_width"] > WIDEST and not config:
         raise CLIPError(f"an image tower of width {shapes['vision_width']}, OpenAI's widest is {WIDEST}: its number of "
-                        f"heads is not known. Put its {' or '.join(CONFIGS)} beside it, and name it one of "
-                        f"{', '.join(WEIGHTS)}")
+                        f"heads is not known. Put it into a folder with its {' or '.join(CONFIGS)}")
+    if not SCALES[0] <= (scale := state["logit_scale"].item()) <= SCALES[1]:
+        raise CLIPError(f"its logit_scale is {scale:.4g}, expected the logarithm of 1/τ, {SCALES[0]} to {SCALES[1]} "
+                        "(OpenAI's: 4.605). If it is 1/τ or τ itself, save the logarithm of 1/τ in its place")
     model.load_state_dict({key: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                            for key, tensor in state.items()}, assign=True)
     return model
-
-
-def download(name):
-    """Name in MODELS -> its file in clip.CACHE, fetched from the first address that has the right bytes."""
-    sha256, file = MODELS[name]
-    path, failures = clip.CACHE / file, []
-    for address in () if path.exists() else ADDRESSES:
-        url, timeout = address.format(sha256=sha256, file=file), socket.getdefaulttimeout()
-        print(f"downloading {url}\n         to {path}", flush=True)
-        try:  # writes beside the target, checks the hash, renames: an interrupted download leaves nothing
-            socket.setdefaulttimeout(SILENCE)
-            clip.CACHE.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
-            break
-        except Exception as error:  # no network, 404, a dead connection, other bytes, a full disk
-            failures.append(f"{url} said: {error}")
-            print(f"failed: {error}", flush=True)
-        finally:
-            socket.setdefaulttimeout(timeout)
-    if not path.exists():
-        raise CLIPError(f"could not download {name}: {'; '.join(failures)}. Fetch {file} (sha256 {sha256}) "
-                        f"elsewhere and put it at {path}")
-    if file_sha256(path) != sha256:
-        raise CLIPError(f"{path} is not OpenAI's {name} (its sha256 differs): delete it, then it is fetched again")
-    return path
 
 
 def fingerprint(model):
@@ -148,8 +139,3 @@ def fingerprint(model):
     for name, p in sorted(model.named_parameters()):
         content.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return content.hexdigest()[:16]
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,13 +2,14 @@
 import pytest
 import torch
 from conftest import run_inside
-from torchvision.models import get_model, mobilenet_v2
+from torchvision.models import MobileNet_V2_Weights, get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 from trees import own_data
 
 import bodies
 import model as models
 import train
+from bodies.segnext import SegNeXt
 
 STAGES = {"resnet": ["layer1", "layer2", "layer3", "layer4"], "mobilenet": [f"features.{i}" for i in (3, 6, 13, 18)],
           "convnext": [f"features.{i}" for i in (1, 3, 5, 7)], "swin": [f"features.{i}" for i in (1, 3, 5, 7)]}
@@ -51,13 +52,36 @@ def test_every_body_trains_by_the_same_path(name, tiny_clip_file, tmp_path):
     assert z.shape == (1, 128, *wanted.get(name, (5, 6)))
 
 
-def test_weights_load_from_a_file_or_say_why(tmp_path):
-    state = mobilenet_v2().state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    body = bodies.build_body("mobilenet-v2", tmp_path / "w.pth")
-    assert all(torch.equal(tensor, state[key]) for key, tensor in body.backbone.state_dict().items())
-    (tmp_path / "bad.pth").write_bytes(b"no")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    for name, file in (("mobilenet-v2", "bad"), ("mobilenet-v2", "other"), ("segnext-t", "other")):
-        with pytest.raises(bodies.ModelError, match=r"\A[^\n]*put https://.*pth at .*--body-weights.*\Z"):
-            bodies.build_body(name, tmp_path / f"{file}.pth")
+@pytest.mark.parametrize("name", ["mobilenet-v2", "swin-t", "segnext-t"])
+def test_weights_load_from_a_file_or_say_why(name, tmp_path):
+    """In the publisher's layout; older files are bare pickles and lack BatchNorm's counters."""
+    plain = SegNeXt("t").backbone if name == "segnext-t" else get_model(name.replace("-", "_"))
+    state = {key: x + 0.5 if x.is_floating_point() else x for key, x in plain.state_dict().items()}
+    old = {key: x.half() if x.is_floating_point() else x for key, x in state.items() if "num_batches" not in key}
+    path, key = tmp_path / "w.pth", next(key for key, x in state.items() if x.ndim == 4)
+    for content, zipped in ((state, True), (old, False)):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        loaded = bodies.build_body(name, path).backbone.state_dict()
+        assert all(torch.equal(x, content[key].float()) for key, x in loaded.items() if x.is_floating_point())
+    for content, words in (
+            ({"a": torch.zeros(1)}, "tensors differ, the first, 'a', is unexpected"),
+            ({k: x for k, x in state.items() if k != key}, f"1 tensors differ, .*{key}', is missing"),
+            (state | {key: state[key] * torch.nan}, "not finite"), (state | {key: state[key][1:]}, "has shape"),
+            (state | {key: state[key].to(torch.int8)}, f"{key}' is torch.int8, expected floats")):
+        torch.save(content, path)
+        with pytest.raises(bodies.ModelError, match=rf"\A[^\n]*w.pth.*{words}[^\n]{{,90}} Published: https://[^\n]*\Z"):
+            bodies.build_body(name, path)
+
+
+def test_a_flipped_bit_is_found(tmp_path, monkeypatch):
+    """By an archive's checksum; in a bare pickle, here the file that was downloaded before, by the published sha256."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+    published = tmp_path / "checkpoints" / MobileNet_V2_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    published.parent.mkdir()
+    for path, zipped, words in ((tmp_path / "w.pth", True, "damaged .record"), (published, False, "sha256 .*Delete")):
+        torch.save(get_model("mobilenet_v2").state_dict(), path, _use_new_zipfile_serialization=zipped)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(bodies.ModelError, match=words):
+            bodies.build_body("mobilenet-v2", path if zipped else "default")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import run_inside
 from test_support import FLAGS, flags, load, own, stopped  # noqa: F401
+from torchvision.models import mobilenet_v2
 
 import clip
 import evaluate
@@ -21,7 +22,7 @@ import train
 pytestmark = pytest.mark.slow
 FILES = {"image": "data/images/{}", "mask": "data/masks/{}", "classes": "data/classes.txt", "unseen": "data/unseen.txt",
          "train": "data/train.txt", "val": "data/val.txt", "checkpoint": "out/last.pt", "clip": "clip.pt",
-         "log": "out/log.jsonl"}
+         "log": "out/log.jsonl", "weights": "out/w.pth"}
 LISTS = ("classes", "unseen", "train", "val")
 SEEDS = int(os.environ.get("FUZZ_SEEDS", 40))  # of each kind
 TRICKS = ["../../etc/passwd", "/etc/passwd", "..", ".", "val_00000/../val_00001", "train_00000.png", "~", "val_00000\0",
@@ -130,9 +131,12 @@ def test_fuzz(kind, seed, own, stopped, tiny_clip_file, tmp_path, monkeypatch): 
     monkeypatch.chdir(tmp_path / "cwd")
     path = tmp_path / FILES.get(kind, "").format(name if kind == "image" else f"{name[:-4]}.png")
     module, args = train, ["--dataset", data, *FLAGS, "--clip", tiny, "--steps", 1, "--out-dir", out]
+    if kind == "weights":  # ImageNet's, of a body
+        torch.save(mobilenet_v2().state_dict(), path)
+        args += ["--body", "mobilenet-v2", "--body-weights", path]
     if kind == "flags":
         args += [f"{flag}={rng.choice(WORDS)}" for flag in rng.sample(FLAG_NAMES, rng.randint(1, 2))]
-    elif kind in (*LISTS, "checkpoint", "clip") and rng.random() < 0.6:
+    elif kind in (*LISTS, "checkpoint", "clip", "weights") and rng.random() < 0.6:
         (lines if kind in LISTS else values)(rng, path, ran)
     else:
         damage(rng, path, ran)

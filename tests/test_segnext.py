@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bodies
 from bodies import segnext
-from bodies.segnext import MSCA, NMF, SegNeXt, load_mscan
+from bodies.segnext import MSCA, NMF, SegNeXt
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +106,13 @@ def test_nmf_in_evaluation_is_one_function_of_the_image_in_fp32():
     assert low.dtype == torch.bfloat16 and torch.equal(low, nmf(x.bfloat16().float()).bfloat16())
 
 
-def test_published_files_load_strictly(body):
-    """The authors' own file (their names, a wrapper, a classifier) and WEIGHTS' (bare, maybe without counters)."""
-    ours, other = body.backbone.state_dict(), SegNeXt("t")
-    theirs = {key.replace(".mlp.dwconv.", ".mlp.dwconv.dwconv."): tensor + 1 for key, tensor in ours.items()}
+def test_names_are_those_of_the_published_files(body, tmp_path):
+    """The authors' own file has a wrapper, a classifier and one layer under another name."""
+    ours = {key: x for key, x in body.backbone.state_dict().items() if x.is_floating_point()}
+    theirs = {key.replace(".mlp.dwconv.", ".mlp.dwconv.dwconv."): x + 1 for key, x in ours.items()}
     assert {"patch_embed1.proj.4.running_var", "patch_embed2.norm.weight", "block3.4.layer_scale_2", "norm1.weight",
             "block1.0.attn.spatial_gating_unit.conv2_1.weight", "block1.0.mlp.dwconv.dwconv.weight",
             "block4.1.mlp.fc2.bias"} <= theirs.keys()
-    load_mscan(other, {"state_dict": theirs | {"head.weight": torch.zeros(1000, 256)}, "epoch": 3})
-    assert all(torch.equal(tensor, ours[key] + 1) for key, tensor in other.backbone.state_dict().items())
-    load_mscan(other, {key: tensor for key, tensor in ours.items() if not key.endswith("num_batches_tracked")})
-    missing = {key: tensor for key, tensor in theirs.items() if key != "block3.2.attn.proj_1.bias"}
-    for state, words in (
-            (missing, "1 tensors differ.*block3.2.attn.proj_1.bias, is missing"),
-            (theirs | {"extra": torch.zeros(1)}, "1 tensors differ.*extra, is unexpected"),
-            (theirs | {"norm1.bias": torch.zeros(7)}, r"norm1.bias has shape \(7,\), expected \(32,\)")):
-        with pytest.raises(ValueError, match=words):
-            load_mscan(other, state)
-        assert torch.equal(other.backbone.norm2.bias, body.backbone.norm2.bias)
+    torch.save({"state_dict": theirs | {"head.weight": torch.zeros(1000, 256)}, "epoch": 3}, tmp_path / "w.pth")
+    loaded = bodies.build_body("segnext-t", tmp_path / "w.pth").backbone.state_dict()
+    assert all(torch.equal(loaded[key], x + 1) for key, x in ours.items())
