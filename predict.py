@@ -10,54 +10,83 @@ none) and NAME.json (shares of the classes). Files that are not images are repor
     labels, names = segment("photo.jpg", "cat, sofa|couch, potted plant")   # uint8 (H, W), 255: none; 3 names
 """
 import argparse
+import itertools
 import json
+import math
+import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
-from evaluate import open_run_dataset, trained_on, unfinished
+from evaluate import load_run, open_run_dataset, trained_on, unfinished
 from losses import IGNORE
-from model import load_run
 from sources import INVALID, DataError
-from sources.files import read_image
-from support import pictures, processes
+from sources.files import read_image, rgb
+from support import first_line, pictures, processes, windows
 from support.checkpoint import atomic, newest_run, read_checkpoint
 from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
+KINDS = ("overlay.png", "mask.png", "json")  # of what is written for a picture
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of images in a folder
 
 
 def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None,
             short_side=None, precision=None):
-    """Path or uint8 tensor (3, H, W) -> uint8 labels (H, W), 255 where no class is, and the K class names.
+    """A picture -> uint8 labels (H, W), 255 where no class is, and the K class names.
 
-    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default
+    image       path, PIL image, RGB array (H, W, 3) or (H, W) of uint8, or tensor (3, H, W) of uint8
+    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default. Every pixel gets
+                one of them: with one class alone, or a picture of other things, use `other` or `threshold`
     run         run folder or checkpoint; the newest under runs/ by default. It stays loaded for the next call
     other       adds OTHER as one more class; its pixels become 255
     threshold   pixels whose cosine with their class is lower become 255
     gamma       taken off the logits of classes that the run trained on
     clip_file   where the run's CLIP lies now; by default where it lay in training
     short_side  pixels, to which the image is resized; as in the run's test by default
-    precision   bf16 or fp32; by default bf16 where it is faster
+    precision   bf16, fp16 or fp32; by default bf16 where it is faster
     Raises DataError, ModelError, CLIPError, CheckpointError."""
+    if not -1 <= threshold <= 1 or not math.isfinite(gamma):
+        raise DataError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a finite number")
+    picture = as_tensor(image)
     device = processes.start(device)
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
                                       device, clip_file)
-    if not isinstance(image, torch.Tensor):
-        image = read_image(image, upright=True)
     test = config["test"]
-    labels = model.label(image, short_side or test["short_side"], test["window"], test["stride"], gamma * seen[None],
-                         threshold, precision or processes.fast_precision(device))[0]
+    with processes.autocast(device, precision or processes.fast_precision(device)):
+        labels = windows.label(model.logits, [picture], short_side or test["short_side"], test["window"],
+                               test["stride"], gamma * seen[None], threshold / model.tau)[0][0]
     return labels.masked_fill(labels == len(names), IGNORE).cpu(), names  # the last class is OTHER
+
+
+def as_tensor(image):
+    """What `segment` takes -> uint8 (3, H, W). Raises DataError."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, upright=True)
+    shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
+    if isinstance(image, np.ndarray) and kind == "uint8" and all(shape) and (len(shape) == 2 or shape[2:] == (3,)):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        try:
+            return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image)))
+        except Exception as error:  # Pillow reads the file only now
+            raise DataError(f"cannot read the PIL image ({first_line(error)})") from None
+    if isinstance(image, torch.Tensor) and kind == "torch.uint8" and len(shape) == 3 == shape[0] and all(shape):
+        return image
+    raise DataError(f"found {type(image).__name__} {kind} {shape or ''}".rstrip() + ": expected a path, a PIL image, a "
+                    "uint8 array (H, W, 3) or (H, W), or a uint8 tensor (3, H, W), with values from 0 to 255")
 
 
 def split(classes):
     """"cat, sofa|couch" or ["cat", "sofa|couch"] -> ["cat", "sofa,couch"], as classes.txt writes them."""
-    parts = classes.split(",") if isinstance(classes, str) else classes
-    names = [",".join(word.strip() for word in part.split("|") if word.strip()) for part in parts]
+    parts = re.split("[,，、]", classes) if isinstance(classes, str) else classes
+    names = [",".join(word.strip() for word in re.split("[|｜]", part) if word.strip(" ,_")) for part in parts]
     names = [name for name in names if name]
     firsts = [name.split(",")[0] for name in names]
     if not 0 < len(set(firsts)) == len(names) < INVALID:
@@ -92,14 +121,37 @@ def load(checkpoint, written_at, classes, other, device, clip_file):
 
 
 def find(paths):
-    """Files and folders -> the files, and the image files of the folders."""
+    """Files and folders -> the files, and the image files of the folders; says what of a folder is left out."""
     files = []
     for path in paths:
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise DataError(f"no image in {path}: expected files that end in {', '.join(SUFFIXES)}")
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        if path.is_dir():
+            inside = [file for file in inside if not file.name.startswith(".") and not pictures.ours(file)]
+            other = [shown(file.name) for file in inside if file.suffix.lower() not in SUFFIXES]
+            inside = [file for file in inside if file.suffix.lower() in SUFFIXES]
+            if other or not inside:
+                print(f"{shown(path)}: {len(inside)} images, {len(other)} other files are left out"
+                      f"{': ' * bool(other)}{', '.join(other[:3])}{' …' * (len(other) > 3)}; expected "
+                      f"{', '.join(SUFFIXES)}", file=sys.stderr, flush=True)
         files += inside
-    return files
+    if paths and not files:
+        raise DataError(f"no image in {', '.join(map(shown, paths[:3]))}")
+    return list(dict.fromkeys(files))
+
+
+def shown(path):
+    """A name that any terminal prints, also one that is no UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def free_stem(out, stem, taken):
+    """The picture's name, or NAME-2, …: the files of that name are not written yet, or were written by this command."""
+    for n in itertools.count(1):
+        name = f"{stem}-{n}" if n > 1 else stem
+        paths = [out / f"{name}.{kind}" for kind in KINDS]
+        if name.casefold() not in taken and not any(path.exists() and not pictures.ours(path) for path in paths):
+            taken.add(name.casefold())
+            return name
 
 
 def write(image, labels, names, out, stem, about):
@@ -107,7 +159,8 @@ def write(image, labels, names, out, stem, about):
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[IGNORE] / labels.numel()
-    about |= {"width": labels.shape[1], "height": labels.shape[0], "classes": share, "none": none}
+    about = {"made by": pictures.MARK, **about, "width": labels.shape[1], "height": labels.shape[0], "classes": share,
+             "none": none}
     pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png")
     pictures.save_mask(labels, out / f"{stem}.mask.png")
     atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
@@ -123,27 +176,39 @@ def main(args):
         image, words = source.demo if source.demo and source.demo[0].is_file() else (source.val[0][1], None)
         files, args.classes = [Path(image)], args.classes or words
         print(f"no image given: using one of {source.name}")
-    skipped, stems = 0, set()
+    skipped, taken, warned = 0, set(), False
     for file in files:
         try:
+            if pictures.ours(file):
+                raise DataError(f"{shown(file)} was written by this project: expected a picture")
             image = read_image(file, upright=True)
-        except DataError as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-            skipped += 1
+        except (DataError, OSError) as error:
+            skipped += skip(error)
             continue
         labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device,
                                 args.clip, args.short_side, args.precision)
-        stem, n = file.stem, 1
-        while stem in stems:  # a.jpg and a.png, or a.jpg of two folders
-            stem, n = f"{file.stem}-{n + 1}", n + 1
-        stems.add(stem)
-        share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
+        if len(names) == 1 and not args.other and args.threshold <= -1 and not warned:
+            print(f"every pixel gets one of the classes, and {names[0]} is the only one: add --other, or other classes",
+                  file=sys.stderr, flush=True)
+            warned = True
+        try:
+            stem = free_stem(out, file.stem, taken)
+            share = write(image, labels, names, out, stem, {"picture": shown(file), "checkpoint": str(checkpoint)})
+        except OSError as error:
+            skipped += skip(f"{shown(file)}: {error.strerror}")
+            continue
         most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
         most = [f"{name} {pictures.percent(share[name])}" for name in most[:5]] + ["…"] * (len(most) > 5)
-        print(f"{file}: {', '.join(most)}\n"
+        stem = shown(stem)
+        print(f"{shown(file)}: {', '.join(most)}\n"
               f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
         raise DataError(f"{skipped} of {len(files)} images skipped")
+
+
+def skip(error):
+    print(f"skipped: {shown(error)}", file=sys.stderr, flush=True)
+    return 1
 
 
 def parse(argv=None):
@@ -163,7 +228,7 @@ def parse(argv=None):
     group("--short-side", type=int, metavar="PIXELS", help="images are resized to it (default: as in the run's test)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
+    group("--precision", choices=("bf16", "fp16", "fp32"), help="(default: bf16 where it is faster)")
     return parser.parse_args(argv)
 
 

@@ -4,10 +4,13 @@ Without a launcher there is one process, and the functions here do nothing speci
 """
 import contextlib
 import os
+import subprocess
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torchvision
 
 from support import UserError
 
@@ -52,6 +55,18 @@ def fast_precision(device):
 def autocast(device, precision):
     """Matrix products in bf16 if `precision` says so; never on MPS, where PyTorch's autocast is not complete."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type != "mps")
+
+
+def provenance(device):
+    """What computes here: the code's commit (None outside a clone of it), versions, the card."""
+    describe = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+    try:
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, a slow disk
+        commit = ""
+    return {"commit": commit or None, "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
 
 
 def world_size():
