@@ -9,6 +9,7 @@ Prints a line per class; writes metrics.json and preview.png. hIoU = 2su / (s + 
 import argparse
 import dataclasses
 import json
+import math
 import time
 from datetime import timedelta
 from itertools import islice
@@ -74,7 +75,9 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
                  classes only: a far easier task, not comparable with the joint scores
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
-    K, recipe = len(source.classes), source.recipe
+    if gamma is not None and not math.isfinite(gamma):
+        raise UserError(f"--gamma {gamma}: expected a finite number")
+    K, size = len(source.classes), test_size(source)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
     gammas = {"gamma_0": 0.0, **({} if gamma is None else {"calibrated": gamma}),
               **({"unseen_only": UNSEEN_ALONE} if unseen_only else {})}
@@ -83,10 +86,13 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     loader = DataLoader(data.ValSet(source, processes.rank(), processes.world_size()), batch_size=None,
                         num_workers=0 if device.type == "cpu" else 4, pin_memory=device.type == "cuda")
     items = progress(loader, len(source.val))
+    if predictions and (kept := [name for name, *_ in source.val if pictures.foreign(predictions / f"{name}.png")]):
+        raise UserError(f"{predictions}/{kept[0]}.png was not written by this command: choose another folder")
     model.eval()
     with torch.inference_mode(), processes.autocast(device, precision):  # one context: weights are cast once
         while some := list(islice(items, PICTURES.get(device.type, 1))):
-            for (_, truth, name), maps in zip(some, label(model, [image for image, *_ in some], recipe, lower_by)):
+            found = windows.label(model.logits, [image for image, *_ in some], *size, lower_by)
+            for (_, truth, name), maps in zip(some, found):
                 truth = truth.to(device, non_blocking=True)
                 for matrix, labels in zip(matrices, maps):  # maps (G, H, W)
                     matrix += confusion(truth, labels, K)
@@ -109,8 +115,8 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     return result
 
 
-def label(model, images, recipe, lower_by):
-    return windows.label(model.logits, images, recipe.short_side, recipe.window, recipe.stride, lower_by)
+def test_size(source):
+    return source.recipe.short_side, source.recipe.window, source.recipe.stride
 
 
 def progress(items, total):
@@ -152,12 +158,13 @@ def preview(model, source, device, precision, images=6, among=50):
     """Test images, two per row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
 
     Of the first `among` images those that show an unseen class come first. Void is white, in the prediction too."""
-    view, samples, shown, nothing = data.ValSet(source), [], set(), torch.zeros(1, len(source.classes), device=device)
+    view, size, samples, shown = data.ValSet(source), test_size(source), [], set()
+    nothing = torch.zeros(1, len(source.classes), device=device)  # taken off the logits
     first = [view[i] for i in range(min(among, len(view)))]
     first.sort(key=lambda item: not source.unseen & set(item[1].unique().tolist()))  # else in their own order
     for image, truth, _ in first[:images]:
         with processes.autocast(device, precision):
-            labels = label(model, [image], source.recipe, nothing)[0][0].cpu()
+            labels = windows.label(model.logits, [image], *size, nothing)[0][0].cpu()
         labels = labels.masked_fill(truth == IGNORE, IGNORE)
         shown |= set(truth.unique().tolist()) | set(labels.unique().tolist())
         samples.append([image, pictures.coloured(truth), pictures.coloured(labels)])
@@ -235,7 +242,7 @@ def main(args):
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
         raise UserError(f"no class of {source.name} was unseen in training: drop --unseen-only")
-    if args.short_side:
+    if args.short_side is not None:
         source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
     precision = args.precision or config.get("precision", "fp32")

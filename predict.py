@@ -28,13 +28,14 @@ from evaluate import load_run, open_run_dataset, trained_on, unfinished
 from losses import IGNORE
 from sources import INVALID, DataError
 from sources.files import read_image, rgb
-from support import first_line, pictures, processes, windows
+from support import UserError, pictures, processes, windows
 from support.checkpoint import atomic, newest_run, read_checkpoint
 from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
 KINDS = ("overlay.png", "mask.png", "json")  # of what is written for a picture
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of images in a folder
+EXPECTED = f"expected files that end in {', '.join(SUFFIXES)}"
 
 
 def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None,
@@ -42,8 +43,8 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     """A picture -> uint8 labels (H, W), 255 where no class is, and the K class names.
 
     image       path, PIL image, RGB array (H, W, 3) or (H, W) of uint8, or tensor (3, H, W) of uint8
-    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default. Every pixel gets
-                one of them: with one class alone, or a picture of other things, use `other` or `threshold`
+    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default. Every pixel
+                gets one of them, one class alone gets all: see `other` and `threshold`
     run         run folder or checkpoint; the newest under runs/ by default. It stays loaded for the next call
     other       adds OTHER as one more class; its pixels become 255
     threshold   pixels whose cosine with their class is lower become 255
@@ -51,17 +52,18 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     clip_file   where the run's CLIP lies now; by default where it lay in training
     short_side  pixels, to which the image is resized; as in the run's test by default
     precision   bf16, fp16 or fp32; by default bf16 where it is faster
-    Raises DataError, ModelError, CLIPError, CheckpointError."""
+    Raises UserError: DataError, ModelError, CLIPError, CheckpointError."""
     if not -1 <= threshold <= 1 or not math.isfinite(gamma):
-        raise DataError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a finite number")
+        raise UserError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a finite number")
     picture = as_tensor(image)
     device = processes.start(device)
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
                                       device, clip_file)
-    test = config["test"]
+    test, least = config["test"], -math.inf if threshold == -1 else threshold / model.tau
+    short_side = test["short_side"] if short_side is None else short_side
     with processes.autocast(device, precision or processes.fast_precision(device)):
-        labels = windows.label(model.logits, [picture], short_side or test["short_side"], test["window"],
-                               test["stride"], gamma * seen[None], threshold / model.tau)[0][0]
+        labels = windows.label(model.logits, [picture], short_side, test["window"], test["stride"],
+                               gamma * seen[None], least)[0][0]
     return labels.masked_fill(labels == len(names), IGNORE).cpu(), names  # the last class is OTHER
 
 
@@ -73,10 +75,7 @@ def as_tensor(image):
     if isinstance(image, np.ndarray) and kind == "uint8" and all(shape) and (len(shape) == 2 or shape[2:] == (3,)):
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        try:
-            return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image)))
-        except Exception as error:  # Pillow reads the file only now
-            raise DataError(f"cannot read the PIL image ({first_line(error)})") from None
+        return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image)))
     if isinstance(image, torch.Tensor) and kind == "torch.uint8" and len(shape) == 3 == shape[0] and all(shape):
         return image
     raise DataError(f"found {type(image).__name__} {kind} {shape or ''}".rstrip() + ": expected a path, a PIL image, a "
@@ -90,7 +89,7 @@ def split(classes):
     names = [name for name in names if name]
     firsts = [name.split(",")[0] for name in names]
     if not 0 < len(set(firsts)) == len(names) < INVALID:
-        raise DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
+        raise UserError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
                         'once, such as "cat, sofa|couch"')
     return names
 
@@ -121,36 +120,27 @@ def load(checkpoint, written_at, classes, other, device, clip_file):
 
 
 def find(paths):
-    """Files and folders -> the files, and the image files of the folders; says what of a folder is left out."""
+    """Files and folders -> the files, and the image files of the folders; what else is in a folder is told."""
     files = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         if path.is_dir():
-            inside = [file for file in inside if not file.name.startswith(".") and not pictures.ours(file)]
-            other = [shown(file.name) for file in inside if file.suffix.lower() not in SUFFIXES]
-            inside = [file for file in inside if file.suffix.lower() in SUFFIXES]
-            if other or not inside:
-                print(f"{shown(path)}: {len(inside)} images, {len(other)} other files are left out"
-                      f"{': ' * bool(other)}{', '.join(other[:3])}{' …' * (len(other) > 3)}; expected "
-                      f"{', '.join(SUFFIXES)}", file=sys.stderr, flush=True)
+            inside = [file for file in inside if file.name[0] != "." and not pictures.ours(file)]
+            images = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
+            if others := sorted({file.name for file in inside} - {file.name for file in images}):
+                print(f"left out of {path}: {', '.join(others[:3])}{' …' * (len(others) > 3)}; {EXPECTED}",
+                      file=sys.stderr, flush=True)
+            inside = images
         files += inside
     if paths and not files:
-        raise DataError(f"no image in {', '.join(map(shown, paths[:3]))}")
-    return list(dict.fromkeys(files))
-
-
-def shown(path):
-    """A name that any terminal prints, also one that is no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+        raise DataError(f"no image in {', '.join(map(str, paths[:3]))}: {EXPECTED}")
+    return files
 
 
 def free_stem(out, stem, taken):
-    """The picture's name, or NAME-2, …: the files of that name are not written yet, or were written by this command."""
-    for n in itertools.count(1):
-        name = f"{stem}-{n}" if n > 1 else stem
-        paths = [out / f"{name}.{kind}" for kind in KINDS]
-        if name.casefold() not in taken and not any(path.exists() and not pictures.ours(path) for path in paths):
-            taken.add(name.casefold())
+    """NAME, or NAME-2, …: one of which no file is there but those that an earlier call of this command wrote."""
+    for name in itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2))):
+        if name.casefold() not in taken and not any(pictures.foreign(out / f"{name}.{kind}") for kind in KINDS):
             return name
 
 
@@ -176,39 +166,31 @@ def main(args):
         image, words = source.demo if source.demo and source.demo[0].is_file() else (source.val[0][1], None)
         files, args.classes = [Path(image)], args.classes or words
         print(f"no image given: using one of {source.name}")
-    skipped, taken, warned = 0, set(), False
+    skipped, taken = 0, set()
     for file in files:
         try:
             if pictures.ours(file):
-                raise DataError(f"{shown(file)} was written by this project: expected a picture")
+                raise DataError(f"{file} was written by this project: expected a picture")
             image = read_image(file, upright=True)
-        except (DataError, OSError) as error:
-            skipped += skip(error)
-            continue
-        labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device,
-                                args.clip, args.short_side, args.precision)
-        if len(names) == 1 and not args.other and args.threshold <= -1 and not warned:
-            print(f"every pixel gets one of the classes, and {names[0]} is the only one: add --other, or other classes",
-                  file=sys.stderr, flush=True)
-            warned = True
-        try:
+            labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma,
+                                    args.device, args.clip, args.short_side, args.precision)
+            if len(names) == 1 and not (args.other or taken) and args.threshold == -1:
+                print(f"every pixel gets one of the classes, here {names[0]}, as no other is named: --other adds one",
+                      file=sys.stderr, flush=True)
             stem = free_stem(out, file.stem, taken)
-            share = write(image, labels, names, out, stem, {"picture": shown(file), "checkpoint": str(checkpoint)})
-        except OSError as error:
-            skipped += skip(f"{shown(file)}: {error.strerror}")
+            taken.add(stem.casefold())
+            share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
+        except (DataError, OSError) as error:  # a wrong run or wrong classes are no DataError
+            reason = error if isinstance(error, DataError) else f"{file} ({error.strerror})"
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+            skipped += 1
             continue
         most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
         most = [f"{name} {pictures.percent(share[name])}" for name in most[:5]] + ["…"] * (len(most) > 5)
-        stem = shown(stem)
-        print(f"{shown(file)}: {', '.join(most)}\n"
+        print(f"{file}: {', '.join(most)}\n"
               f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
         raise DataError(f"{skipped} of {len(files)} images skipped")
-
-
-def skip(error):
-    print(f"skipped: {shown(error)}", file=sys.stderr, flush=True)
-    return 1
 
 
 def parse(argv=None):

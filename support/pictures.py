@@ -54,11 +54,12 @@ def save(image, path):
 
 
 def ours(path):
-    """Was this PNG or JSON file written by this project? Only such files are replaced, and none of them is labelled."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return MARK.encode() in file.read(2000)
+    """Was this file written here? Only such files are replaced by predict.py, and none of them is labelled."""
+    return path.is_file() and MARK.encode() in path.open("rb").read(2000)
+
+
+def foreign(path):
+    return path.exists() and not ours(path)
 
 
 def save_mask(mask, path):
