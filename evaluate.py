@@ -4,26 +4,34 @@
     python evaluate.py --run runs/voc --save-predictions maps
     torchrun --nproc-per-node 4 evaluate.py --checkpoint runs/voc/last.pt   # torchrun has its own --run
 
-Prints a line per class; writes metrics.json and preview.png. hIoU = 2SU / (S + U) of the seen (S) and unseen (U) mIoU.
+Prints a line per class; writes metrics.json and preview.png. hIoU = 2su / (s + u) of the seen (s) and unseen (u) mIoU.
 """
 import argparse
 import dataclasses
 import json
+import math
+import time
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+import clip
 import data
 import sources
+from bodies import ModelError
 from losses import IGNORE
-from model import load_run
-from support import UserError, pictures, processes
-from support.checkpoint import atomic, newest_run
+from model import build
+from support import UserError, first_line, pictures, processes, windows
+from support.checkpoint import CheckpointError, atomic, newest_run, read_checkpoint
 from support.command import run_command
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
+PICTURES = {"cpu": 1, "cuda": 8}  # whose windows are seen together; the loader has more of them ready
+EVERY = 10  # seconds between two lines of progress
 FIGURES = {"pAcc": "pAcc", "mIoU_seen": "mIoU seen", "mIoU_unseen": "mIoU unseen", "hIoU": "hIoU"}
 
 
@@ -32,9 +40,10 @@ FIGURES = {"pAcc": "pAcc", "mIoU_seen": "mIoU seen", "mIoU_unseen": "mIoU unseen
 
 def confusion(truth, prediction, classes):
     """Label maps -> int64 (K, K), rows truth, columns prediction; IGNORE in the truth is left out."""
-    valid = truth != IGNORE
-    index = truth[valid].long() * classes + prediction[valid].long()
-    return torch.bincount(index, minlength=classes**2).reshape(classes, classes)
+    index = truth.long() * classes + prediction
+    index = index.where(truth != IGNORE, classes**2).flatten()  # a last place takes what is left out
+    count = torch.zeros(classes**2 + 1, dtype=torch.long, device=index.device)
+    return count.index_add_(0, index, torch.ones_like(index))[:-1].view(classes, classes)  # bincount waits for a GPU
 
 
 def metrics(matrix, classes, unseen):
@@ -51,10 +60,10 @@ def metrics(matrix, classes, unseen):
         values = [iou[k] for k in indexes if iou[k] is not None]
         return sum(values) / len(values) if values else None
 
-    S, U = mean([k for k in range(len(classes)) if k not in unseen]), mean(sorted(unseen))
-    harmonic = None if S is None or U is None else 2 * S * U / (S + U) if S + U else 0.0
+    s, u = mean([k for k in range(len(classes)) if k not in unseen]), mean(sorted(unseen))
+    harmonic = None if s is None or u is None else 2 * s * u / (s + u) if s + u else 0.0
     accuracy = 100 * (hit.sum() / matrix.sum()).item() if matrix.sum() else None
-    return {"pAcc": accuracy, "mIoU_seen": S, "mIoU_unseen": U, "hIoU": harmonic, "IoU": dict(zip(classes, iou))}
+    return {"pAcc": accuracy, "mIoU_seen": s, "mIoU_unseen": u, "hIoU": harmonic, "IoU": dict(zip(classes, iou))}
 
 
 def evaluate(model, source, device, precision, gamma=None, unseen_only=False, predictions=None):
@@ -66,22 +75,29 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
                  classes only: a far easier task, not comparable with the joint scores
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
-    K, recipe = len(source.classes), source.recipe
+    if gamma is not None and not math.isfinite(gamma):
+        raise UserError(f"--gamma {gamma}: expected a finite number")
+    K, size = len(source.classes), test_size(source)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
     gammas = {"gamma_0": 0.0, **({} if gamma is None else {"calibrated": gamma}),
               **({"unseen_only": UNSEEN_ALONE} if unseen_only else {})}
-    lowered = torch.tensor(list(gammas.values()), device=device)[:, None] * seen  # (G, K)
+    lower_by = torch.tensor(list(gammas.values()), device=device)[:, None] * seen  # (G, K)
     matrices = torch.zeros(len(gammas), K, K, dtype=torch.long, device=device)
     loader = DataLoader(data.ValSet(source, processes.rank(), processes.world_size()), batch_size=None,
-                        num_workers=0 if device.type == "cpu" else 4)
+                        num_workers=0 if device.type == "cpu" else 4, pin_memory=device.type == "cuda")
+    items = progress(loader, len(source.val))
+    if predictions and (kept := [name for name, *_ in source.val if pictures.foreign(predictions / f"{name}.png")]):
+        raise UserError(f"{predictions}/{kept[0]}.png was not written by this command: choose another folder")
     model.eval()
-    for image, truth, name in loader:
-        maps = model.label(image, recipe.short_side, recipe.window, recipe.stride, lowered, precision=precision)
-        truth = truth.to(device)
-        for matrix, labels in zip(matrices, maps):  # maps (G, H, W)
-            matrix += confusion(truth, labels, K)
-        if predictions:
-            pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
+    with torch.inference_mode(), processes.autocast(device, precision):  # one context: weights are cast once
+        while some := list(islice(items, PICTURES.get(device.type, 1))):
+            found = windows.label(model.logits, [image for image, *_ in some], *size, lower_by)
+            for (_, truth, name), maps in zip(some, found):
+                truth = truth.to(device, non_blocking=True)
+                for matrix, labels in zip(matrices, maps):  # maps (G, H, W)
+                    matrix += confusion(truth, labels, K)
+                if predictions:
+                    pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
     if processes.world_size() > 1:
         dist.all_reduce(matrices)
     names = [source.classes[k] for k in sorted(source.unseen)]
@@ -97,6 +113,21 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
         result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
                                  "IoU": {name: alone["IoU"][name] for name in names}}
     return result
+
+
+def test_size(source):
+    return source.recipe.short_side, source.recipe.window, source.recipe.stride
+
+
+def progress(items, total):
+    """The items of this process; the first process prints, every few seconds, how many of all are done."""
+    start = said = time.time()
+    for i, item in enumerate(items):
+        yield item
+        if processes.rank() == 0 and time.time() - said > EVERY:
+            said, done = time.time(), min((i + 1) * processes.world_size(), total)
+            left = timedelta(seconds=round((said - start) * (total - done) / done))
+            print(f"test    {done} of {total} images, {left} left", flush=True)
 
 
 # ---------------------------------------------------------------- what people see
@@ -127,11 +158,13 @@ def preview(model, source, device, precision, images=6, among=50):
     """Test images, two per row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
 
     Of the first `among` images those that show an unseen class come first. Void is white, in the prediction too."""
-    view, recipe, samples, shown = data.ValSet(source), source.recipe, [], set()
+    view, size, samples, shown = data.ValSet(source), test_size(source), [], set()
+    nothing = torch.zeros(1, len(source.classes), device=device)  # taken off the logits
     first = [view[i] for i in range(min(among, len(view)))]
     first.sort(key=lambda item: not source.unseen & set(item[1].unique().tolist()))  # else in their own order
     for image, truth, _ in first[:images]:
-        labels = model.label(image, recipe.short_side, recipe.window, recipe.stride, precision=precision)[0].cpu()
+        with processes.autocast(device, precision):
+            labels = windows.label(model.logits, [image], *size, nothing)[0][0].cpu()
         labels = labels.masked_fill(truth == IGNORE, IGNORE)
         shown |= set(truth.unique().tolist()) | set(labels.unique().tolist())
         samples.append([image, pictures.coloured(truth), pictures.coloured(labels)])
@@ -147,7 +180,34 @@ def report(result, model, source, device, precision, out):
     print(f"{table(result, source)}\nwrote {out}/metrics.json and preview.png", flush=True)
 
 
-# ---------------------------------------------------------------- command
+# ---------------------------------------------------------------- a run, opened again
+
+
+def load_run(checkpoint, device, clip_file=None):
+    """last.pt of train.py -> (model in eval mode without CLIP's image tower, config with the checkpoint's step).
+
+    clip_file: where the run's CLIP lies now, by default where it lay in training.
+    Raises CheckpointError, ModelError, CLIPError."""
+    saved = processes.from_first(lambda: read_checkpoint(checkpoint))
+    config = saved["config"] | {"step": saved["step"]}
+    try:
+        texts = [*config["classes"], *config["templates"]]
+        if not all(isinstance(text, str) and text.strip(" ,_") for text in texts) or min(config["test"].values()) < 1:
+            raise ValueError("a class or a template without a word, or a test size below 1")
+        clip_model = clip.load(clip_file or config["clip"])
+        if clip.fingerprint(clip_model) != config["clip_hash"]:
+            raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
+                             "give --clip")
+        model = build(clip_model, **config["model"] | {"body_weights": "none"})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CheckpointError(f"{checkpoint}: its settings were changed after the training, or are of another version "
+                              f"({type(error).__name__}: {first_line(error)})") from None
+    del clip_model.visual  # what the head needs of it, it has copied
+    model.load_trained_state(saved["model"])
+    clip_model.to(device)  # the text tower
+    return model.to(device).eval(), config
 
 
 def open_run_dataset(config, name=None, root=None):
@@ -179,6 +239,9 @@ def unfinished(config):
         return f"the run is not finished: this is its state at step {config['step']} of {config['steps']}"
 
 
+# ---------------------------------------------------------------- command
+
+
 def main(args):
     device = processes.start(args.device)
     checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else processes.from_first(newest_run))
@@ -186,13 +249,14 @@ def main(args):
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
         raise UserError(f"no class of {source.name} was unseen in training: drop --unseen-only")
-    if args.short_side:
+    if args.short_side is not None:
         source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
     precision = args.precision or config.get("precision", "fp32")
     result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
-    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(filter(None, (
-        config.get("departures"), f"test short side {args.short_side}" * bool(args.short_side))))}
+    departures = filter(None, (config.get("departures"), args.short_side and f"test short side {args.short_side}"))
+    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(departures),
+               "made_with": processes.provenance(device)}
     if processes.rank() == 0:
         if remark := unfinished(config):
             print(remark, flush=True)
@@ -218,7 +282,7 @@ def parse(argv=None):
           "/ τ); try 1 (default: γ = 0 alone)")
     group("--unseen-only", action="store_true", help="also score unseen classes' pixels among unseen classes only")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp32"), help="(default: as in training)")
+    group("--precision", choices=("bf16", "fp16", "fp32"), help="(default: as in training)")
     group = parser.add_argument_group("what is written").add_argument
     group("--save-predictions", type=Path, metavar="FOLDER", help="NAME.png of each test image: class indexes in a "
           "palette, γ = 0 (default: none)")

@@ -10,58 +10,86 @@ none) and NAME.json (shares of the classes). Files that are not images are repor
     labels, names = segment("photo.jpg", "cat, sofa|couch, potted plant")   # uint8 (H, W), 255: none; 3 names
 """
 import argparse
+import itertools
 import json
+import math
+import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
-from evaluate import open_run_dataset, trained_on, unfinished
+from evaluate import load_run, open_run_dataset, trained_on, unfinished
 from losses import IGNORE
-from model import load_run
 from sources import INVALID, DataError
-from sources.files import read_image
-from support import pictures, processes
+from sources.files import read_image, rgb
+from support import UserError, pictures, processes, windows
 from support.checkpoint import atomic, newest_run, read_checkpoint
 from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
+KINDS = ("overlay.png", "mask.png", "json")  # of what is written for a picture
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of images in a folder
+EXPECTED = f"expected files that end in {', '.join(SUFFIXES)}"
 
 
 def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.0, device=None, clip_file=None,
             short_side=None, precision=None):
-    """Path or uint8 tensor (3, H, W) -> uint8 labels (H, W), 255 where no class is, and the K class names.
+    """A picture -> uint8 labels (H, W), 255 where no class is, and the K class names.
 
-    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default
+    image       path, PIL image, RGB array (H, W, 3) or (H, W) of uint8, or tensor (3, H, W) of uint8
+    classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default. Every pixel
+                gets one of them, one class alone gets all: see `other` and `threshold`
     run         run folder or checkpoint; the newest under runs/ by default. It stays loaded for the next call
     other       adds OTHER as one more class; its pixels become 255
     threshold   pixels whose cosine with their class is lower become 255
     gamma       taken off the logits of classes that the run trained on
     clip_file   where the run's CLIP lies now; by default where it lay in training
     short_side  pixels, to which the image is resized; as in the run's test by default
-    precision   bf16 or fp32; by default bf16 where it is faster
-    Raises DataError, ModelError, CLIPError, CheckpointError."""
+    precision   bf16, fp16 or fp32; by default bf16 where it is faster
+    Raises UserError: DataError, ModelError, CLIPError, CheckpointError."""
+    if not -1 <= threshold <= 1 or not math.isfinite(gamma):
+        raise UserError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a finite number")
+    picture = as_tensor(image)
     device = processes.start(device)
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
                                       device, clip_file)
-    if not isinstance(image, torch.Tensor):
-        image = read_image(image, upright=True)
-    test = config["test"]
-    labels = model.label(image, short_side or test["short_side"], test["window"], test["stride"], gamma * seen[None],
-                         threshold, precision or processes.fast_precision(device))[0]
+    test, least = config["test"], -math.inf if threshold == -1 else threshold / model.tau
+    short_side = test["short_side"] if short_side is None else short_side
+    with processes.autocast(device, precision or processes.fast_precision(device)):
+        labels = windows.label(model.logits, [picture], short_side, test["window"], test["stride"],
+                               gamma * seen[None], least)[0][0]
     return labels.masked_fill(labels == len(names), IGNORE).cpu(), names  # the last class is OTHER
+
+
+def as_tensor(image):
+    """What `segment` takes -> uint8 (3, H, W). Raises DataError."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, upright=True)
+    shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
+    if isinstance(image, np.ndarray) and kind == "uint8" and all(shape) and (len(shape) == 2 or shape[2:] == (3,)):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image)))
+    if isinstance(image, torch.Tensor) and kind == "torch.uint8" and len(shape) == 3 == shape[0] and all(shape):
+        return image
+    raise DataError(f"found {type(image).__name__} {kind} {shape or ''}".rstrip() + ": expected a path, a PIL image, a "
+                    "uint8 array (H, W, 3) or (H, W), or a uint8 tensor (3, H, W), with values from 0 to 255")
 
 
 def split(classes):
     """"cat, sofa|couch" or ["cat", "sofa|couch"] -> ["cat", "sofa,couch"], as classes.txt writes them."""
-    parts = classes.split(",") if isinstance(classes, str) else classes
-    names = [",".join(word.strip() for word in part.split("|") if word.strip()) for part in parts]
+    parts = re.split("[,，、]", classes) if isinstance(classes, str) else classes
+    names = [",".join(word.strip() for word in re.split("[|｜]", part) if word.strip(" ,_")) for part in parts]
     names = [name for name in names if name]
     firsts = [name.split(",")[0] for name in names]
     if not 0 < len(set(firsts)) == len(names) < INVALID:
-        raise DataError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
+        raise UserError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
                         'once, such as "cat, sofa|couch"')
     return names
 
@@ -92,14 +120,28 @@ def load(checkpoint, written_at, classes, other, device, clip_file):
 
 
 def find(paths):
-    """Files and folders -> the files, and the image files of the folders."""
+    """Files and folders -> the files, and the image files of the folders; what else is in a folder is told."""
     files = []
     for path in paths:
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise DataError(f"no image in {path}: expected files that end in {', '.join(SUFFIXES)}")
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        if path.is_dir():
+            inside = [file for file in inside if file.name[0] != "." and not pictures.ours(file)]
+            images = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
+            if others := sorted({file.name for file in inside} - {file.name for file in images}):
+                print(f"left out of {path}: {', '.join(others[:3])}{' …' * (len(others) > 3)}; {EXPECTED}",
+                      file=sys.stderr, flush=True)
+            inside = images
         files += inside
+    if paths and not files:
+        raise DataError(f"no image in {', '.join(map(str, paths[:3]))}: {EXPECTED}")
     return files
+
+
+def free_stem(out, stem, taken):
+    """NAME, or NAME-2, …: one of which no file is there but those that an earlier call of this command wrote."""
+    for name in itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2))):
+        if name.casefold() not in taken and not any(pictures.foreign(out / f"{name}.{kind}") for kind in KINDS):
+            return name
 
 
 def write(image, labels, names, out, stem, about):
@@ -107,7 +149,8 @@ def write(image, labels, names, out, stem, about):
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[IGNORE] / labels.numel()
-    about |= {"width": labels.shape[1], "height": labels.shape[0], "classes": share, "none": none}
+    about = {"made by": pictures.MARK, **about, "width": labels.shape[1], "height": labels.shape[0], "classes": share,
+             "none": none}
     pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png")
     pictures.save_mask(labels, out / f"{stem}.mask.png")
     atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
@@ -123,21 +166,25 @@ def main(args):
         image, words = source.demo if source.demo and source.demo[0].is_file() else (source.val[0][1], None)
         files, args.classes = [Path(image)], args.classes or words
         print(f"no image given: using one of {source.name}")
-    skipped, stems = 0, set()
+    skipped, taken = 0, set()
     for file in files:
         try:
+            if pictures.ours(file):
+                raise DataError(f"{file} was written by this project: expected a picture")
             image = read_image(file, upright=True)
-        except DataError as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma,
+                                    args.device, args.clip, args.short_side, args.precision)
+            if len(names) == 1 and not (args.other or taken) and args.threshold == -1:
+                print(f"every pixel gets one of the classes, here {names[0]}, as no other is named: --other adds one",
+                      file=sys.stderr, flush=True)
+            stem = free_stem(out, file.stem, taken)
+            taken.add(stem.casefold())
+            share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
+        except (DataError, OSError) as error:  # a wrong run or wrong classes are no DataError
+            reason = error if isinstance(error, DataError) else f"{file} ({error.strerror})"
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
             skipped += 1
             continue
-        labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma, args.device,
-                                args.clip, args.short_side, args.precision)
-        stem, n = file.stem, 1
-        while stem in stems:  # a.jpg and a.png, or a.jpg of two folders
-            stem, n = f"{file.stem}-{n + 1}", n + 1
-        stems.add(stem)
-        share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
         most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
         most = [f"{name} {pictures.percent(share[name])}" for name in most[:5]] + ["…"] * (len(most) > 5)
         print(f"{file}: {', '.join(most)}\n"
@@ -163,7 +210,7 @@ def parse(argv=None):
     group("--short-side", type=int, metavar="PIXELS", help="images are resized to it (default: as in the run's test)")
     group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
     group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp32"), help="(default: bf16 where it is faster)")
+    group("--precision", choices=("bf16", "fp16", "fp32"), help="(default: bf16 where it is faster)")
     return parser.parse_args(argv)
 
 

@@ -102,7 +102,7 @@ def main(args):
     trainset = data.TrainSet(source, source.recipe, teacher.visual.input_size, args.seed)
 
     # ---- the run's folder; with --resume its last checkpoint, else the adapter starts at CLIP's tokens
-    config, name = run_config(args, source, teacher), Path(args.dataset).resolve().name
+    config, name = run_config(args, source, teacher, device), Path(args.dataset).resolve().name
     out, saved, more = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
     first, bank = 0, torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images
     if saved:
@@ -227,14 +227,14 @@ def parameter_groups(model, pretrained=True):
             for (backbone, decayed), params in groups.items()]
 
 
-def run_config(args, source, teacher):
+def run_config(args, source, teacher, device):
     """All that tells this run from another, as plain values: resume compares it, evaluate.py and predict.py read it."""
     recipe = source.recipe
     config = {**of_part(SETTINGS, args, "data", "method", "run"), "model": of_part(SETTINGS, args, "model"),
               "departures": args.departures, "classes": source.classes, "unseen": sorted(source.unseen),
               "templates": list(source.templates), "clip_hash": clip.fingerprint(teacher),
               "test": {"short_side": recipe.short_side, "window": recipe.window, "stride": recipe.stride},
-              "made_with": processes.provenance()}
+              "made_with": processes.provenance(device)}
     return json.loads(json.dumps(config))
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from support.checkpoint import atomic
 
+MARK = "written by Chimera-Seg"  # in every PNG file, and in predict.py's JSON files
 SHORTEST, LONGEST = 640, 1600  # pixels of an overlay's longer side: text can be read, files stay small
 PAINT = 0.5  # of the class's colour over the picture
 LINES = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (148, 103, 189))  # of the curves
@@ -46,7 +48,18 @@ def as_image(picture):
 
 
 def save(image, path):
-    atomic(path, lambda partial: image.save(partial, "PNG"))
+    info = PngInfo()
+    info.add_text("Software", MARK)
+    atomic(path, lambda partial: image.save(partial, "PNG", pnginfo=info))
+
+
+def ours(path):
+    """Was this file written here? Only such files are replaced by predict.py, and none of them is labelled."""
+    return path.is_file() and MARK.encode() in path.open("rb").read(2000)
+
+
+def foreign(path):
+    return path.exists() and not ours(path)
 
 
 def save_mask(mask, path):

@@ -4,7 +4,6 @@ Without a launcher there is one process, and the functions here do nothing speci
 """
 import contextlib
 import os
-import platform
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -65,18 +64,22 @@ def autocast(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32" and device.type != "mps")
 
 
-def provenance():
-    """What a result was made with: {"commit", "torch", "torchvision", "device"}; the commit is None without git."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True,
-                         text=True)
-    return {"commit": git.stdout.strip() or None, "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"}
-
-
 def loader_workers():
     """How many loader processes suit each training process: its share of the cores, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8), 1)
+
+
+def provenance(device):
+    """What computes here: the code's commit (None outside a clone of it), versions, the card."""
+    describe = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+    try:
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, a slow disk
+        commit = ""
+    return {"commit": commit or None, "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
 
 
 def world_size():

@@ -1,13 +1,9 @@
-"""The head and the segmenter: what is frozen, trained, saved; words to classes; the labels of whole pictures."""
-import itertools
-import resource
-
+"""The head and the segmenter: what is frozen, trained, saved; words to classes."""
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from conftest import ROOT, finish, segmenter, start
+from conftest import ROOT
 from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import normalize as standardise
 
@@ -155,64 +151,3 @@ def test_the_text_tower_runs_where_the_model_lies(tiny_clip, monkeypatch):
                         or torch.ones(len(tokens), 128))
     models.text_embeddings(tiny_clip.to("meta"), ["cat", "dog"], ["{}"])
     assert devices == ["meta", "meta"]
-
-
-WEIGHT = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-
-
-def by_colour(images):
-    """Logits that are fixed random functions of colour at stride 4: every class wins somewhere."""
-    small = F.avg_pool2d(images, 4, ceil_mode=True)
-    return torch.einsum("kc,bchw->bkhw", WEIGHT, small - 0.5) * (1 + small.mean(dim=(1, 2, 3), keepdim=True))
-
-
-@pytest.mark.parametrize("size, short, band", [((64, 64), 64, 1000), ((30, 90), 64, 2**23), ((101, 77), 90, 1000),
-                                               ((5, 70), 64, 2**23), ((200, 260), 50, 50_000)])
-def test_labels_against_a_loop(size, short, band, monkeypatch):
-    """Resized to the test size, windows of 64 every 40, averaged, back to the picture's own size, lowered, argmax."""
-    monkeypatch.setattr("losses.BAND", {"cpu": band})
-    torch.manual_seed(0)
-    image = torch.rand(1, 3, 6, 8)
-    image = (255 * F.interpolate(image, size, mode="bicubic").clamp(0, 1)[0]).byte()
-    lowered = torch.stack([torch.zeros(20), 0.3 * (torch.arange(20) < 15)])
-    got = segmenter(by_colour, 20).label(image, short, 64, 40, lowered)
-    assert got.shape == (2, *size) and got.dtype == torch.uint8
-
-    factor = min(short / min(size), 8)
-    h, w = (round(side * factor) for side in size)
-    picture = F.interpolate(image[None].float() / 255, (h, w), mode="bilinear", antialias=True)
-    total, count = torch.zeros(20, h, w), torch.zeros(h, w)
-    tops, lefts = ([*[i for i in range(0, side, 40) if i + 64 < side], max(side - 64, 0)] for side in (h, w))
-    for top, left in itertools.product(tops, lefts):
-        place = ..., slice(top, top + 64), slice(left, left + 64)
-        part = picture[place]
-        total[place] += F.interpolate(by_colour(part), part.shape[2:], mode="bilinear")[0]
-        count[place] += 1
-    scores = F.interpolate((total / count)[None], size, mode="bilinear")[0]
-    for labels, off in zip(got, lowered):
-        want = (scores - off[:, None, None]).argmax(0)
-        assert (labels == want).float().mean() > 0.999  # ties in rounding aside
-    assert (got[0] != got[1]).any()
-    assert torch.equal(segmenter(by_colour, 20).label(image, short, 64, 40), got[:1])  # lowered by nothing
-
-    tau, cosine = 0.2, 0.2 * scores  # the threshold is one of cosines, of the winner after it was lowered
-    best = cosine.gather(0, got[1:].long())[0]
-    middle = best.median().item()
-    kept = segmenter(by_colour, 20, tau).label(image, short, 64, 40, lowered, middle)[1]
-    assert (kept != 255).eq(best >= middle).float().mean() > 0.999 and (kept == 255).any()
-    assert torch.equal(kept[kept != 255], got[1][kept != 255])
-
-
-def large(H, W):
-    def logits(images):  # the worst case: any class may win anywhere
-        return torch.randn(len(images), 100, images.shape[2] // 16, images.shape[3] // 16)
-
-    image = torch.randint(0, 256, (3, H, W), dtype=torch.uint8)
-    assert segmenter(logits, 100).label(image, 512, 512, 426).shape == (1, H, W)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)  # GiB
-
-
-@pytest.mark.parametrize("size, most", [((2000, 2500), 1.0), pytest.param((4000, 5000), 1.4, marks=pytest.mark.slow)])
-def test_a_large_picture_takes_little_memory(size, most, tmp_path):
-    """100 score maps of these pictures would be 1.9 and 7.5 GiB. The limit for the second is 1.5 GB."""
-    assert float(finish(*start(tmp_path, large, *size)).stdout) < most

@@ -1,24 +1,25 @@
 """predict.py: pictures of every kind, words, what is written."""
 import json
+import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, run_inside
+from conftest import ROOT, command, run_inside
 from PIL import Image
 from trees import own_data
 
 import clip
 import evaluate
-import model as models
 import predict
 import train
 from bodies import ModelError
 from sources import DataError
 from sources.files import read_image
-from support import pictures, processes
+from support import UserError, pictures, processes, windows
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +80,10 @@ def test_it_is_the_prediction_of_evaluate(run, photo, tmp_path):
     assert torch.equal(ours, theirs) and names == ["tv monitor", "sofa", "brick wall"]
     larger = predict.segment(photo, run=run / "last.pt", device="cpu", short_side=150)[0]
     assert not torch.equal(larger, theirs)
-    net, config = models.load_run(run / "last.pt", torch.device("cpu"))
+    net, config = evaluate.load_run(run / "last.pt", torch.device("cpu"))
     net.set_classes(config["classes"], config["templates"])
-    lowered = net.label(read_image(photo), 64, 64, config["test"]["stride"], torch.tensor([[5.0, 0, 5.0]]))[0]
+    off = torch.tensor([[5.0, 0, 5.0]])
+    lowered = windows.label(net.logits, [read_image(photo)], 64, 64, config["test"]["stride"], off)[0][0]
     assert torch.equal(predict.segment(photo, run=run, gamma=5.0, device="cpu")[0], lowered)
     assert not torch.equal(lowered, theirs)
     assert predict.segment(torch.zeros(3, 1, 1, dtype=torch.uint8), run=run, device="cpu")[0].shape == (1, 1)
@@ -104,7 +106,7 @@ def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(r
 
 def test_other_words_do_not_load_the_run_again_but_a_newer_checkpoint_does(run, photo, monkeypatch):
     calls = []
-    monkeypatch.setattr(predict, "load_run", lambda *args: calls.append(args) or models.load_run(*args))
+    monkeypatch.setattr(predict, "load_run", lambda *args: calls.append(args) or evaluate.load_run(*args))
     predict.loaded_run.cache_clear()
     found = [predict.segment(photo, words, run=run, device="cpu") for words in ("dog, tree", "sand, cat", "dog, tree")]
     assert len(calls) == 1 and [names for _, names in found] == [["dog", "tree"], ["sand", "cat"], ["dog", "tree"]]
@@ -120,10 +122,11 @@ def test_synonyms_others_gamma_and_threshold(run, photo):
 
     def label(*classes):
         net.set_classes(classes, config["templates"])
-        return net.label(image, 64, 64, config["test"]["stride"])[0]
+        return windows.label(net.logits, [image], 64, 64, config["test"]["stride"], torch.zeros(1, len(classes)))[0][0]
 
-    (net, config), image = models.load_run(run / "last.pt", torch.device("cpu")), read_image(photo)
-    assert torch.equal(ask("tv monitor, sofa|couch , brick_wall,")[0], ask()[0])
+    (net, config), image = evaluate.load_run(run / "last.pt", torch.device("cpu")), read_image(photo)
+    for words in ("tv monitor, sofa|couch , brick_wall,", "tv monitor，sofa｜couch、brick_wall"):
+        assert torch.equal(ask(words)[0], ask()[0])
     assert ask(["sofa | couch", "cat"])[1] == ["sofa", "cat"]
     three = label("sofa,couch", "cat", predict.OTHER)
     assert torch.equal(ask("sofa|couch, cat", other=True)[0], three.masked_fill(three == 2, 255))
@@ -132,9 +135,28 @@ def test_synonyms_others_gamma_and_threshold(run, photo):
     assert 0.2 < (ask("sofa|couch, cat", threshold=middle)[0] != 255).float().mean() < 0.8
     both = [ask("tv monitor, brick wall", gamma=gamma, threshold=-0.99)[0] for gamma in (0.0, 500.0)]
     assert torch.equal(*both) and (both[0] != 255).all()  # γ lowers both names' logits, not the cosine that is asked
-    for wrong in ("", "cat, cat", [f"thing {i}" for i in range(254)]):
-        with pytest.raises(DataError, match="different ones: expected 1 to 253"):
+    for wrong in ("", "cat, cat", ["|", "_"], [f"thing {i}" for i in range(254)]):
+        with pytest.raises(UserError, match="different ones: expected 1 to 253"):
             ask(wrong)
+    for wrong in ({"threshold": 30}, {"gamma": float("nan")}, {"short_side": 0}):
+        with pytest.raises(UserError, match="expected"):
+            ask("cat, dog", **wrong)
+
+
+def test_what_people_hold_in_their_hands(run, photo):
+    """Paths, PIL images, arrays and tensors of one picture give one label map; anything else is refused."""
+    image = Image.open(photo)
+    array = np.array(image)
+    tensor, grey = torch.from_numpy(array).permute(2, 0, 1), np.array(image.convert("L"))
+    want, grey_want = (predict.segment(x, run=run, device="cpu")[0] for x in (photo, image.convert("L").convert("RGB")))
+    for same in (str(photo), image, array, array[:, ::-1][:, ::-1], tensor):
+        assert torch.equal(predict.segment(same, run=run, device="cpu")[0], want)
+    for same in (image.convert("L"), grey, np.stack([grey] * 3, -1)):
+        assert torch.equal(predict.segment(same, run=run, device="cpu")[0], grey_want)
+    for wrong in (tensor / 255, array / 255, array.astype(np.uint16), tensor[:1], tensor[None], array[..., :2], [array],
+                  array[:0], tensor[:, :, :0], None, b"photo.jpg", tensor.permute(1, 2, 0)):
+        with pytest.raises(DataError, match="^found .*expected a path, a PIL image, a uint8 array"):
+            predict.segment(wrong, run=run, device="cpu")
 
 
 def test_the_command_writes_three_files_and_skips_what_is_no_picture(run, photo, tmp_path):
@@ -143,11 +165,14 @@ def test_the_command_writes_three_files_and_skips_what_is_no_picture(run, photo,
     shutil.copy(photo, folder / "a.jpg")
     Image.open(photo).save(tmp_path / "a.png")
     (folder / "broken.jpg").write_bytes(photo.read_bytes()[:400])
-    (folder / "notes.txt").write_text("not looked at")
+    for name in ("notes.txt", "b.HEIC", "._a.jpg"):
+        (folder / name).write_text("not looked at")
     done = command(tmp_path, "predict.py", folder, tmp_path / "a.png", "--run", run, "--device", "cpu", "--classes",
                    "cat, café|coffee house", ok=False)
-    assert done.stderr.startswith("skipped: cannot read the image ") and "broken.jpg" in done.stderr
-    assert done.stderr.endswith("error: 1 of 3 images skipped\n") and "Traceback" not in done.stderr
+    left, skipped, end = done.stderr.splitlines()
+    assert left.startswith(f"left out of {folder}: b.HEIC, notes.txt; expected files that end in .jpg, .jpeg")
+    assert skipped.startswith("skipped: cannot read the image ") and "broken.jpg" in skipped
+    assert end == "error: 1 of 3 images skipped"
     assert {p.name for p in out.iterdir()} == {f"{stem}.{kind}" for stem in ("a", "a-2")
                                                for kind in ("overlay.png", "mask.png", "json")}
     assert f"wrote {out}/a-2.overlay.png" in done.stdout
@@ -159,3 +184,40 @@ def test_the_command_writes_three_files_and_skips_what_is_no_picture(run, photo,
     assert list(found["classes"]) == ["cat", "café"] and found["none"] == 0
     for k, share in enumerate(found["classes"].values()):
         assert share == pytest.approx((labels == k).float().mean().item())
+
+
+def test_nothing_of_the_users_is_labelled_twice_or_lost(run, photo, tmp_path):
+    """Into the folder of the pictures, twice: only what the command wrote is replaced. One bad name ends nothing."""
+    names = ["a.jpg", "b.jpg", "x" * 245 + ".jpg", os.fsdecode(b"caf\xe9.jpg"), "zz.jpg"]
+    for name in names:
+        shutil.copy(photo, tmp_path / name)
+    (tmp_path / "a.json").write_text('{"shapes": ["of a labelling tool"]}')
+    (tmp_path / "b.mask.png").mkdir()
+    want = {*names, "a.json", "b.mask.png", *(f"{stem}.{kind}" for kind in predict.KINDS
+                                              for stem in ("a-2", "b-2", names[3][:-4], "zz"))}
+    for _ in range(2):
+        status, words, end = run_inside(predict, tmp_path, "--out-dir", tmp_path, "--run", run, "--device", "cpu",
+                                        "--classes", "cat")
+        assert status == 1 and end == f"error: 1 of {len(names)} images skipped" and "(File name too long)" in words
+        assert words.count("here cat, as no other is named: --other adds one") == 1
+        assert {path.name for path in tmp_path.iterdir()} == want
+        assert "labelling tool" in (tmp_path / "a.json").read_text()
+    status, words, _ = run_inside(predict, tmp_path / "zz.mask.png", "--run", run, "--device", "cpu")
+    assert status == 1 and "zz.mask.png was written by this project" in words
+    (run.parent / "maps").mkdir()
+    shutil.copy(photo, run.parent / "maps/c.png")  # a mask, perhaps, that a person drew
+    words = run_inside(evaluate, "--run", run, "--device", "cpu", "--save-predictions", run.parent / "maps")[2]
+    assert "maps/c.png was not written by this command: choose another folder" in words
+
+
+def test_the_document_on_deployment(run, tmp_path, monkeypatch):
+    """Its blocks as they stand, for this run: onnxruntime gives the model's logits for the words baked in."""
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    inside = {}
+    exec("".join(blocks).replace("runs/voc", str(run)), inside)
+    images = torch.rand(1, 3, 64, 64)
+    found = inside["session"].run(None, {"images": images.numpy()})[0]
+    model, config = evaluate.load_run(run / "last.pt", torch.device("cpu"))
+    model.set_classes(["cat", "sofa, couch", "potted plant"], config["templates"])
+    assert torch.allclose(torch.from_numpy(found), model.logits(images), atol=1e-3) and found.shape[1] == 3

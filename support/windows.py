@@ -1,0 +1,96 @@
+"""Labels whole pictures. A function images -> logits sees them window by window, each as large as a training crop.
+
+    picture (3, H, W) -> resized for the test (3, h, w) -> windows -> logits of each window, on a coarse grid
+    -> bilinear to the window's pixels -> their mean where windows overlap -> bilinear to (H, W) -> the best class
+
+Symbols: K classes, G label maps of one picture, H×W its pixels, h×w its pixels at the size of the test.
+"""
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from support import UserError
+
+IGNORE = 255  # no class
+ENLARGED = 8  # times, at most, before the test: otherwise a very thin picture needs unbounded memory
+WINDOWS = {"cpu": 2, "cuda": 16}  # that the function sees at a time. A GPU is faster with many, a CPU is not
+HELD = {"cpu": 2**19, "cuda": 2**26}  # logits of pixels in memory at a time: all K of a large picture may not fit
+
+
+@torch.inference_mode()
+def label(logits, pictures, short_side, window, stride, lower_by, least=-torch.inf):
+    """Pictures, uint8 (3, H, W) of any sizes -> their label maps, uint8 (G, H, W) each, IGNORE where no class is.
+
+    logits      function: (B, 3, h, w) in [0, 1] -> (B, K, h', w'), on the device of `lower_by`
+    short_side  pixels, to which the pictures are resized. window, stride: pixels of that size
+    lower_by    (G, K), what is taken off the classes' logits; each of the G rows gives one label map
+    least       pixels whose best class has a lower logit (nothing taken off) get no class
+    Raises UserError."""
+    if short_side < 1 or not 0 < stride <= window:
+        raise UserError(f"a short side of {short_side} pixels, windows of {window} every {stride}: expected 1 or more, "
+                        "and 0 < stride ≤ window")
+    if lower_by.is_cuda:  # on MPS the CPU resizes: there the antialiased resize is missing before torch 2.7
+        pictures = [picture.to(lower_by.device, non_blocking=True) for picture in pictures]
+    resized = [resize(picture, short_side) for picture in pictures]
+    places = [cover(*picture.shape[1:], window, stride) for picture in resized]
+    crops = [picture[:, rows, columns] for picture, own in zip(resized, places) for rows, columns in own]
+    grids = iter(in_batches(logits, crops, lower_by.device))
+    maps = []
+    for picture, small, own in zip(pictures, resized, places):
+        mine = list(itertools.islice(grids, len(own)))
+        maps.append(torch.stack([best_class(mine, own, small.shape[1:], picture.shape[1:], off, least)
+                                 for off in lower_by]))
+    return maps
+
+
+def resize(picture, short_side):
+    """uint8 (3, H, W) -> float (3, h, w) in [0, 1], where the picture lies."""
+    H, W = picture.shape[1:]
+    factor = min(short_side / min(H, W), ENLARGED)
+    size = max(round(H * factor), 1), max(round(W * factor), 1)
+    picture = picture[None].float().div_(255)
+    return F.interpolate(picture, size, mode="bilinear", antialias=True)[0] if factor != 1 else picture[0]
+
+
+def cover(h, w, window, stride):
+    """The windows that cover h×w pixels, as [(slice of the rows, slice of the columns)]; the last is pushed inside."""
+    tops, lefts = ([*range(0, size - window, stride), max(size - window, 0)] for size in (h, w))
+    return [(slice(top, top + window), slice(left, left + window)) for top in tops for left in lefts]
+
+
+def in_batches(logits, crops, device):
+    """The logits of each crop (K, h', w'). Crops of one size are seen together, of several pictures too."""
+    most, found = WINDOWS.get(device.type, WINDOWS["cpu"]), {}
+    for size in {crop.shape for crop in crops}:
+        same = [i for i, crop in enumerate(crops) if crop.shape == size]
+        for batch in (same[first:first + most] for first in range(0, len(same), most)):
+            found |= zip(batch, logits(torch.stack([crops[i] for i in batch]).to(device)))
+    return [found[i] for i in range(len(crops))]
+
+
+def best_class(grids, places, size, out, off, least):
+    """Logits (K, h', w') of the windows at these places of (h, w) pixels -> labels (H, W) = `out`. off (K,)
+
+    As many classes at a time as HELD allows: the logits (K, H, W) are never in memory in full."""
+    K, device = len(off), off.device
+    at_once = max(HELD.get(device.type, HELD["cpu"]) // max(size.numel(), out.numel()), 1)
+    count = torch.zeros(size, device=device)  # of the windows that see a pixel
+    for place in places:
+        count[place] += 1
+    best, labels = torch.full(out, -torch.inf, device=device), torch.zeros(out, dtype=torch.uint8, device=device)
+    for first in range(0, K, at_once):
+        some = slice(first, min(first + at_once, K))
+        part = torch.zeros(some.stop - first, *size, device=device)
+        for grid, place in zip(grids, places):
+            lowered = grid[some] - off[some, None, None]
+            part[:, *place] += F.interpolate(lowered[None], count[place].shape, mode="bilinear")[0]
+        part /= count
+        if size != out:
+            part = F.interpolate(part[None], out, mode="bilinear")[0]  # (classes at once, H, W)
+        top, k = (part[0], 0) if len(part) == 1 else part.max(0)
+        labels = torch.where(top > best, first + k, labels)
+        best = torch.maximum(best, top)
+    if least > -torch.inf:
+        labels = torch.where(best + off[labels.long()] < least, IGNORE, labels)
+    return labels.byte()
