@@ -32,7 +32,7 @@ JUNK = [None, True, -1, 0, 10 ** 30, float("nan"), "", "x", "../../x", b"x", [],
         torch.zeros(2), torch.zeros(0), torch.eye(2).to_sparse(), torch.full((3,), torch.nan),
         torch.zeros(2, dtype=torch.complex64), torch.zeros(1).expand(10 ** 13), torch.zeros(3, device="meta")]
 WORDS = ["", "nan", "inf", "-inf", "-1", "0", "1", "1e-30", "1e30", "2.5", "x", "../../x", "/", "9" * 30, "\u0663"]
-FLAG_NAMES = ["--steps", "--lr", "--crop", "--k-end", "--temperature", "--sgd-weight", "--sam-weight", "--seed",
+FLAG_NAMES = ["--steps", "--lr", "--crop", "--k-end", "--select", "--sgd-weight", "--sam-weight", "--seed",
               "--workers", "--batch-size", "--save-every", "--frozen-blocks", "--body", "--clip",
               "--dataset", "--data-root", "--body-weights", "--head", "--device", "--precision"]
 WRITES = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove")
