@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import bodies
 import clip
 import data
+import evaluate
 import model as models
 import train
 from experiments.dense_clip import DenseCLIP
 from experiments.study import ROOT, product
 from sources import open_dataset
-from support import processes
+from support import processes, windows
 from support.checkpoint import atomic
 from support.command import run_command
 
@@ -155,14 +156,16 @@ def training(flags, args, device):
 
 
 def testing(nets, recipe, args, device):
-    """{name: model} -> {name: {"images_per_s", "peak_mb"}}; in each round all label the same image in turn."""
+    """{name: model} -> {name: {"images_per_s", "peak_mb"}}; in each round all label the same images in turn, as many at
+    a time as evaluate.py."""
+    n, nothing = evaluate.PICTURES[device.type], torch.zeros(1, args.classes, device=device)
     image = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.image)).astype(np.uint8))
     times, peaks = {name: [] for name in nets}, {}
-    for _ in range(args.repeats + 1):
-        for name, net in nets.items():
+    with torch.inference_mode(), processes.autocast(device, args.precision):  # weights are cast once
+        for name, net in (args.repeats + 1) * [*nets.items()]:
             others, start = held(device) - sum(p.nbytes for p in net.parameters()), now(device)
-            net.label(image, recipe.short_side, recipe.window, recipe.stride, precision=args.precision)
-            times[name].append(now(device) - start)
+            windows.label(net.logits, n * [image], recipe.short_side, recipe.window, recipe.stride, nothing)
+            times[name].append((now(device) - start) / n)
             peaks[name] = peak_mb(device, others)
     return {name: {"images_per_s": 1 / median(times[name][1:]), "peak_mb": peaks[name]} for name in nets}
 

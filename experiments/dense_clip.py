@@ -15,7 +15,7 @@ import clip
 import evaluate
 import sources
 from losses import pixel_text_logits
-from model import ChimeraSeg, text_embeddings
+from model import text_embeddings
 from support import processes
 from support.checkpoint import atomic
 from support.command import run_command
@@ -24,12 +24,9 @@ from support.command import run_command
 class DenseCLIP(nn.Module):
     """The whole image tower as a segmenter. attention: of its last block, "clip" or "values" (a patch's own value)."""
 
-    label = ChimeraSeg.label  # a whole image
-
     def __init__(self, clip_model, attention="values"):
         super().__init__()
         self.visual, self.tau, self.attention = clip_model.visual, 1 / clip_model.logit_scale.exp().item(), attention
-        self.mean = clip_model.visual.mean  # `label` looks there for the device
 
     def logits(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, K, H / patch, W / patch): cosine / τ with `self.t` (K, D)"""

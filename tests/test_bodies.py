@@ -7,7 +7,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from trees import own_data
 
 import bodies
-import model as models
+import evaluate
 import train
 from bodies.segnext import SegNeXt
 
@@ -44,7 +44,7 @@ def test_every_body_trains_by_the_same_path(name, tiny_clip_file, tmp_path):
         "none", "--steps", 2, "--batch-size", 2, "--crop", 64, "--workers", 0, "--device", "cpu", "--precision", "fp32",
         "--out-dir", tmp_path / "out")
     assert status == 0 and "hIoU" in text, words
-    model, _ = models.load_run(tmp_path / "out/last.pt", torch.device("cpu"))
+    model, _ = evaluate.load_run(tmp_path / "out/last.pt", torch.device("cpu"))
     moments = torch.load(tmp_path / "out/last.pt", weights_only=True)["optimizer"]["state"].values()
     assert len(moments) == sum(p.requires_grad for p in model.parameters()) and all(m["exp_avg"].any() for m in moments)
     z = model(torch.rand(1, 3, 72, 88))  # one picture, sides that are no multiples of the stride
