@@ -56,7 +56,7 @@ def test_the_frozen_block_is_not_drowned():
     head = CSH(toy.visual, 128)
     head.adapter.start_like(clip_tokens(toy.visual, images, 1))
     features = torch.randn(2, 128, 16, 16)
-    for scale, least, most in ((1, 0, 0.9), (4, 0.97, 1)):
+    for scale, least, most in ((1, 0, 0.9), (4, 0.94, 1)):
         tokens, tail = scale * head.adapter(features), head.tail
         without = normalize(tail.ln_post(tokens) @ tail.proj, dim=-1)
         assert least < (normalize(tail(tokens), dim=-1) * without).sum(-1).mean() < most

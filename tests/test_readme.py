@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import train
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text() for page in PAGES}
@@ -28,7 +30,7 @@ def test_commands_are_understood():
     """Every `python X.py flags` is parsed by X's own parser, also after torchrun."""
     seen = set()
     for page, line in COMMANDS:
-        words = shlex.split(line.replace("$again", "--resume"), comments=True)
+        words = shlex.split(line, comments=True)
         scripts = [i for i, word in enumerate(words) if re.fullmatch(r"(train|evaluate|predict|data)\.py", word)]
         for i in scripts:
             flags = words[i + 1:words.index("&&", i) if "&&" in words[i:] else None]
@@ -46,7 +48,7 @@ def test_flags_and_names_in_the_text_exist(page):
     sources = [ROOT / "sources/check.py", *(path for folder in (".", "experiments", "toy")
                                             for path in (ROOT / folder).glob("*.py"))]
     flags = {flag for path in sources for flag in re.findall(r'\("(--[a-z-]+)"', path.read_text())}
-    flags.add("--nproc-per-node")  # torchrun's
+    flags |= {f"--{s.name.replace('_', '-')}" for s in train.SETTINGS} | {"--nproc-per-node", "--help"}  # torchrun's
     for text in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)):
         assert set(re.findall(r"(?<!\S)--[a-z-]+", text)) <= flags, text
         home, _, name = text.rpartition(".")

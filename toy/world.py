@@ -190,11 +190,13 @@ def fill(folder, seed, train, val):
         for name in names:
             image, mask, _ = draw(rng)
             Image.fromarray(image).save(folder / "images" / f"{name}.png", compress_level=1)
-            pictures.save_mask(mask, folder / "masks" / f"{name}.png")
+            mask = Image.fromarray(mask)
+            mask.putpalette(pictures.COLOURS.tobytes())
+            mask.save(folder / "masks" / f"{name}.png", compress_level=1)
         (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     (folder / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
-    pictures.save(Image.fromarray(demo()[0]), folder / "demo.png")
+    Image.fromarray(demo()[0]).save(folder / "demo.png")  # without the mark of what commands write: predict.py reads it
 
 
 if __name__ == "__main__":
