@@ -125,7 +125,7 @@ def fetch(archive, root, folder):
                 raise DataError(f"the disk of {root} is full: free some space and run it again, it continues") from None
             if getattr(error, "code", None) == 416 and not archive.md5:  # we have more than there is: another version
                 partial.unlink()
-            print(f"    failed: {str(error) or type(error).__name__}", flush=True)
+            print(f"    failed: {str(error).strip() or type(error).__name__}", flush=True)
     raise DataError(f"{archive.name} could not be downloaded from any of {len(archive.addresses)} addresses: try again "
                     f"later, or get it yourself and put it at {theirs}" + f" (md5 {archive.md5})" * bool(archive.md5))
 
@@ -149,7 +149,7 @@ def transfer(address, partial, archive):
         kind = answer.headers.get_content_type()
         said = answer.headers["Content-Range" if at else "Content-Length"]
         match = re.fullmatch(rf"bytes {at}-\d+/(\d+)" if at else r"(\d+)", said or "")
-        if not match and (at or said):
+        if said and not match:
             raise OSError(f"asked for the bytes from {have:,} on, its header says {said!r}")
         size = int(match[1]) if match else archive.size if archive.md5 else float("inf")  # inf: until it ends
         if archive.md5 and size != archive.size:

@@ -134,7 +134,7 @@ def mat(mask, order="<", compressed=True):
 @contextlib.contextmanager
 def serve(files):
     """{path: bytes} -> address, list of (path, Range) asked for. (bytes, n) instead of bytes: sent from the start
-    whatever the Range, and the connection ends after n of them."""
+    whatever the Range, and the connection ends after n of them. [bytes]: the whole answer, headers included."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -142,11 +142,15 @@ def serve(files):
             asked.append((self.path, self.headers["Range"]))
             if not (data := files.get(self.path)):
                 return self.send_error(404)
+            if isinstance(data, list):
+                return self.wfile.write(data[0])
             ranges = isinstance(data, bytes)
             data, last = (data, None) if ranges else data
             first = int(self.headers["Range"][6:-1]) if ranges and self.headers["Range"] else 0
             self.send_response(206 if first else 200)
             self.send_header("Content-Length", str(len(data) - first))
+            if first:
+                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             self.end_headers()
             self.wfile.write(data[first:last])
 
