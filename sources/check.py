@@ -105,8 +105,8 @@ def look_at(files, part, full):
         else:
             read.append((file, counts))
         progress.say(done)
-    return read, [fault + f" ({len(more) + 1} files have this fault, {', '.join(name for name, _ in more[:2])} too)"
-                  * bool(more) for (_, fault), *more in kinds.values()]
+    return read, [fault + f" ({len(more) + 1} files have this fault, {', '.join(name for name, _ in more[:2])}"
+                  f"{', …' * (len(more) > 2)} too)" * bool(more) for (_, fault), *more in kinds.values()]
 
 
 def look(file):
@@ -123,7 +123,7 @@ def check_values(source, part, read, pixels):
     held = [v for v in np.flatnonzero(pixels).tolist() if v != IGNORE]
     unknown = [v for v in held if v not in source.values and v not in source.void]
     bad = [file.mask.name for file, counts in read if counts[unknown].any()]
-    some = f"{len(bad)} of {len(read)} {these} hold {', '.join(map(str, unknown[:5]))}, such as {min(bad, default='')}"
+    some = f"{len(bad)} of {len(read)} {these}, such as {min(bad, default='')}, hold {', '.join(map(str, unknown[:5]))}"
     if 0 in source.void:  # VOC, Context
         right = f"expected 0 background, 1 {first} … {K} {last}: use the files as they come"
         if len(read) >= 10 and not pixels[0]:
@@ -131,7 +131,7 @@ def check_values(source, part, read, pixels):
         elif pixels[IGNORE] > pixels[0]:
             yield f"the {these} hold more 255 (void) than 0 (background), they look lowered by one: {right}"
         elif unknown:
-            yield f"{some}, {right}"
+            yield f"{some}: {right}"
     elif source.expected and unknown:
         yield (f"{some}, ids that stuffthingmaps never use, they look converted or shifted: use the files of "
                "stuffthingmaps_trainval2017.zip as they come")

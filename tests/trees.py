@@ -68,6 +68,19 @@ def draw_tree(name, root, train=12, val=3, sides=(60, 90)):
     return root
 
 
+def png(values, depth=8, colour=0, *chunks):
+    """Values (H, W) or (H, W, channels) as a PNG of these bits a channel; more chunks (type, data) after its header."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    H, W = values.shape[:2]
+    bits = np.unpackbits(values.reshape(H, -1, 1).astype(">u2").view(np.uint8), axis=2)[..., 16 - depth:]
+    rows = np.packbits(bits.reshape(H, -1), axis=1)
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in (
+        (b"IHDR", struct.pack(">2I5B", W, H, depth, colour, 0, 0, 0)), *chunks, (b"IDAT", packed), (b"IEND", b"")))
+
+
 def own_data(root, values=(0, 1, 2), classes=("sky", "dog", "cat"), unseen=()):
     """A folder of own data: images a, b to train on, c to test."""
     for name in ("a", "b", "c"):
