@@ -62,8 +62,6 @@ class DataSource:
                             "2, as training tells classes apart: add classes, or name fewer of them as unseen")
         owner = {}
         for name in self.classes:
-            if not name.strip(", "):
-                raise DataError(f"{self.name}: the class {short(name)} has no name: give it a word, for its text")
             for word in filter(None, map(plain, name.split(","))):
                 if owner.setdefault(word, name) != name:
                     raise DataError(f"{self.name}: the classes {short(owner[word])} and {short(name)} share the name "

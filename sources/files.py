@@ -22,6 +22,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: long no
 ORIENTATION = 0x112  # EXIF's tag; 1 is upright
 WHITE = (1, 255, 4095, 65535)  # of pictures of floats, 8, 12 and 16 bits: the first that its values do not exceed
 LONGEST = 1000  # characters of a line: more is no name, and would keep the tokenizer busy for hours
+# Numbers, quotes, brackets, comments in a list of classes would become part of their texts
+NO_CLASS = re.compile(r'\W|.*[#;"{}<>|\\\[\]，、；]')
 
 
 class DataError(UserError):
@@ -57,11 +59,13 @@ def read_lines(path, numbered=False):
         raise DataError(f"cannot read {path} as UTF-8 text: save it again with the encoding UTF-8") from None
     # composed, as CLIP reads them: macOS writes é as two characters
     lines = [unicodedata.normalize("NFC", line.strip()) for line in re.split("\r\n|\r|\n", text.rstrip())]
-    for number, line in enumerate(lines, 1):
+    for n, line in enumerate(lines, 1):
         odd = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in "\ufeff\ufffd" for c in line)
-        if odd or len(line) > LONGEST or numbered and lines != [""] and (not line or "#" in line):
-            raise DataError(f"line {number} of {path} is {short(line)}: expected one name a line in UTF-8; no comment, "
-                            f"empty line, tab or strange line break among them, at most {LONGEST:,} characters")
+        if numbered and lines != [""]:
+            odd = odd or not line or NO_CLASS.match(line) or re.match(rf"0*({n - 1}|{n})\b", line) or "\u200b" in line
+        if odd or len(line) > LONGEST:
+            raise DataError(f"line {n} of {path} is {short(line)}: expected one name a line in UTF-8; no number, quote, "
+                            f"comment, tab or empty line among them, at most {LONGEST:,} characters")
     return list(filter(None, lines))
 
 
@@ -108,11 +112,11 @@ def without_suffix(name):
 def advice(name, files, whole):
     """What to do about a name without a file: is it there in a subfolder, or called NAME_mask.png, NAME.heic?"""
     base, some = without_suffix(re.split(r"[/\\]", name)[-1]), next(iter(files.values()))
-    like = re.compile(rf"{re.escape(base)}(?![^\W_])", re.IGNORECASE)  # a letter or digit more is another name
-    if base and base in files:
+    if base in files:
         return f"write it as {short(base)}, without folder"
-    for path in some.parent.rglob("*"):
-        if base and like.match(unicodedata.normalize("NFC", path.name)) and path.is_file():
+    like = re.compile(rf"{re.escape(base)}(?![^\W_])", re.IGNORECASE)  # a letter or digit more is another name
+    for path in some.parent.rglob("*") if base else ():
+        if like.match(unicodedata.normalize("NFC", path.name)) and path.is_file():
             return f"found {path.relative_to(some.parent)}, expected {base}{some.suffix}"
     return f"expected names like {min(whole)!r}, each with an image and a mask" if whole else \
         f"{some.name} is there, but image and mask must have one name"
@@ -153,11 +157,12 @@ def read_image(path, upright=False, own=False):
     with opened(path, "image", FORMATS, f"an intact file in one of the formats {', '.join(FORMATS)}") as image:
         deep = image.mode[0] not in "IF" and ";16" in str(image.tile)  # of which Pillow takes the upper 8 bits
         shown = TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image))
-        if own and (note := image.getexif().get(ORIENTATION, 1)) > 1:
-            raise ValueError(f"its EXIF note {note} turns it, and masks have no such note: save it turned, by "
-                             "ImageOps.exif_transpose")
-        if deep and shown.max() < 16:
-            raise ValueError("it is black, as its 16 bits hold only values below 4,096: scale them")
+        turned = own and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+    if turned:
+        raise DataError(f"the image {path} is turned by its EXIF note, and masks are not: save it turned and without the "
+                        "note (Pillow's ImageOps.exif_transpose)")
+    if deep and shown.max() < 16:
+        raise DataError(f"the image {path} is black, as its 16 bits hold only values below 4,096: scale them to 8 bits")
     return shown
 
 

@@ -114,7 +114,8 @@ def test_lists_as_people_have_them(tmp_path):
     "cat\n\ndog", "\ncat\ndog", "# animals\ncat\ndog", "cat\ndog # a puppy", "cat\x85dog\nsky", "cat\u2028dog\nsky",
     "cat\x0cdog\nsky", "cat\tdog\nsky", "cat\n\ufeffdog", "caf\ufffd\ndog", "cat\ndog".encode("utf-16-le"),
     "cat\ndog".encode("utf-32"), "café\ndog".encode("latin-1"), "猫\n犬".encode("shift-jis"), "x" * 10**6 + "\ndog",
-    "cat\n" + "a b" * 3 * 10**5])
+    "cat\n" + "a b" * 3 * 10**5, "0 cat\n1 dog", "1: cat\n2: dog", '["cat",\n"dog"]', "'cat'\n'dog'", "cat\n!!!",
+    "{\\rtf1 cat\\\ndog}", "cat, \n,\n", "// animals\ncat\ndog", "cat; puss\ndog", "cat，puss\ndog", "cat\u200b\ndog"])
 def test_lists_that_would_be_read_otherwise_than_meant_are_refused(words, tmp_path):
     root = own_data(tmp_path / "own")
     (root / "classes.txt").write_bytes(words if isinstance(words, bytes) else words.encode())
@@ -163,7 +164,7 @@ DEEP = {"12 of 16 bits": png((RAMP * 4095).round(), 16), "16 bits": png((RAMP * 
         "8 of 16 bits": png((RAMP * 255).round(), 16), "16 bits, RGB": png(np.stack(3 * [RAMP * 65535], 2), 16, 2),
         "12 bits, RGB": png(np.stack(3 * [RAMP * 4095], 2), 16, 2), "negative": tiff(RAMP.astype(np.float32) - 1),
         "not finite": tiff(np.log(RAMP[:, 9:].astype(np.float32) - 1)), "to 1.5": tiff(RAMP.astype(np.float32) * 1.5)}
-BLACK = {"12 bits, RGB": "it is black, as its 16 bits", "negative": "its values go from -1 to 0: expected 0 to 1",
+BLACK = {"12 bits, RGB": "is black, as its 16 bits", "negative": "its values go from -1 to 0: expected 0 to 1",
          "not finite": "its values go from", "to 1.5": "its values go from 0 to 1.5"}
 
 
@@ -173,7 +174,7 @@ def test_pictures_of_other_depths_are_as_bright_as_they_are_meant(kind, tmp_path
     path = tmp_path / "a.png"
     path.write_bytes(DEEP[kind])
     if kind in BLACK:
-        with pytest.raises(sources.DataError, match=f"cannot read the image .*a.png .{BLACK[kind]}"):
+        with pytest.raises(sources.DataError, match=f"the image .*a.png .?{BLACK[kind]}"):
             files.read_image(path)
     else:
         assert np.abs(files.read_image(path).numpy() - 255 * RAMP).max() <= 1
@@ -197,7 +198,7 @@ def test_own_pictures_that_exif_turns_are_refused_and_the_benchmarks_are_read_as
             exif[0x112] = note
             Image.open(path).save(path, quality=100, subsampling=0, exif=exif)
             source = sources.open_dataset(name, root)
-            with pytest.raises(sources.DataError, match="a.jpg .its EXIF note 3") if note == 3 and name != "voc" else \
+            with pytest.raises(sources.DataError, match="a.jpg is turned by its EXIF note") if note == 3 and name != "voc" else \
                     contextlib.nullcontext():
                 image = files.read_pair(source.train[0], source.table(True), 3)[1]
                 assert (image.float() - before.float()).abs().mean() < 3
@@ -263,8 +264,7 @@ BROKEN = [
     ("own", text("classes.txt", "a\nb\na\n"), "names 'a' twice: give the second another name"),
     ("own", text("classes.txt", "a b, Cat\nsky\ndog, cat\n"), "'a b, Cat' and 'dog, cat' share the name 'cat'"),
     ("own", text("classes.txt", "potted_plant\nsky\npotted plant\n"), "'potted_plant' and 'potted plant' share"),
-    ("own", text("classes.txt", "cat\n, \nsky\n"), "the class ',' has no name: give it a word"),
-    ("own", text("classes.txt", "\n".join(map(str, range(255)))), "255 lines, expected .* 254 at most"),
+    ("own", text("classes.txt", "\n".join(f"class{k}" for k in range(255))), "255 lines, expected .* 254 at most"),
     ("own", masks(B, lambda m: Image.fromarray(m.astype(np.uint16) * 257)), "16 bits and holds the value 65535"),
     ("own", masks(B, lambda m: np.stack([m, m * 3, m], -1)), "is RGB, .*write each colour's class"),
     ("own", masks(B, lambda m: np.stack([m, m, m], -1)), r"channels are equal, so .*getchannel\(0\)"),
