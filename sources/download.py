@@ -45,7 +45,12 @@ def workshop(root):
     folder, lock = root / ".download", root / ".download.lock"
     while True:
         file = open(lock, "w")
-        wait_for(file, root)
+        with contextlib.suppress(AttributeError, OSError):  # Windows, or a disk without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it dies with its process
+            except BlockingIOError:
+                print(f"another process downloads into {root}: waiting for it …", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
             break
         file.close()  # its last owner has removed it
@@ -57,16 +62,6 @@ def workshop(root):
         with contextlib.suppress(OSError):  # Windows removes no open file
             lock.unlink()
         file.close()
-
-
-def wait_for(file, root):
-    """Locks an open file once no other process holds it. A lock dies with its process."""
-    with contextlib.suppress(AttributeError, OSError):  # Windows, or a disk without locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process downloads into {root}: waiting for it …", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def bring(dataset, root, wanted, folder):

@@ -23,7 +23,7 @@ ORIENTATION = 0x112  # EXIF's tag; 1 is upright
 WHITE = (1, 255, 4095, 65535)  # of pictures of floats, 8, 12 and 16 bits: the first that its values do not exceed
 LONGEST = 1000  # characters of a line: more is no name, and would keep the tokenizer busy for hours
 # Numbers, quotes, brackets, comments in a list of classes would become part of their texts
-NO_CLASS = re.compile(r'\W|.*[#;"{}<>|\\\[\]，、；]')
+NO_CLASS = re.compile('$|\\W|.*[#;"{}<>|\\\\\\[\\]，、；\u200b\ufeff\ufffd]')
 
 
 class DataError(UserError):
@@ -60,12 +60,10 @@ def read_lines(path, numbered=False):
     # composed, as CLIP reads them: macOS writes é as two characters
     lines = [unicodedata.normalize("NFC", line.strip()) for line in re.split("\r\n|\r|\n", text.rstrip())]
     for n, line in enumerate(lines, 1):
-        odd = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in "\ufeff\ufffd" for c in line)
-        if numbered and lines != [""]:
-            odd = odd or not line or NO_CLASS.match(line) or re.match(rf"0*({n - 1}|{n})\b", line) or "\u200b" in line
-        if odd or len(line) > LONGEST:
-            raise DataError(f"line {n} of {path} is {short(line)}: expected one name a line in UTF-8; no number, quote, "
-                            f"comment, tab or empty line among them, at most {LONGEST:,} characters")
+        odd = len(line) > LONGEST or any(unicodedata.category(c) in ("Cc", "Zl", "Zp", "Co", "Cn") for c in line)
+        if odd or numbered and lines != [""] and (NO_CLASS.match(line) or re.match(rf"0*({n - 1}|{n})\b", line)):
+            raise DataError(f"line {n} of {path} is {short(line)}: expected one name a line in UTF-8, without numbers, "
+                            f"quotes, comments, tabs or empty lines, at most {LONGEST:,} characters")
     return list(filter(None, lines))
 
 
@@ -159,8 +157,8 @@ def read_image(path, upright=False, own=False):
         shown = TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image))
         turned = own and image.getexif().get(ORIENTATION, 1) not in (0, 1)
     if turned:
-        raise DataError(f"the image {path} is turned by its EXIF note, and masks are not: save it turned and without the "
-                        "note (Pillow's ImageOps.exif_transpose)")
+        raise DataError(f"the image {path} is turned by its EXIF note, and masks are not: save it turned and without "
+                        "the note (Pillow's ImageOps.exif_transpose)")
     if deep and shown.max() < 16:
         raise DataError(f"the image {path} is black, as its 16 bits hold only values below 4,096: scale them to 8 bits")
     return shown

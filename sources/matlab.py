@@ -30,8 +30,8 @@ def read_segmentation(data, name):
                     return segmentation(rest, order)
         raise ValueError("no struct GTcls")
     except (ValueError, StopIteration, struct.error, zlib.error) as error:
-        raise DataError(f"cannot read the mask {name} ({error}): expected SBD's file of MATLAB 5, with the uint8 matrix "
-                        "GTcls.Segmentation; get SBD anew") from None
+        raise DataError(f"cannot read the mask {name} ({error}): expected SBD's file of MATLAB 5 with the uint8 "
+                        "matrix GTcls.Segmentation; get SBD anew") from None
 
 
 def elements(data, order, at=0):

@@ -130,7 +130,8 @@ MASKS = {"grey of 4 bits": ((LABELS % 16, 4), LABELS % 16), "grey of 2 bits": ((
          "8 bits": ((LABELS,), LABELS), "16 bits with small values": ((LABELS, 16), LABELS),
          "palette of 4 bits": ((LABELS % 16, 4, 3, (b"PLTE", bytes(range(48)))), LABELS % 16),
          "palette of 1 bit": ((LABELS % 2, 1, 3, (b"PLTE", bytes(6))), LABELS % 2),
-         "a long note": ((LABELS, 8, 0, (b"tEXt", NOTE)), LABELS), "a large profile": ((LABELS, 8, 0, (b"iCCP", PROFILE)), LABELS),
+         "a long note": ((LABELS, 8, 0, (b"tEXt", NOTE)), LABELS),
+         "a large profile": ((LABELS, 8, 0, (b"iCCP", PROFILE)), LABELS),
          "a packed note": ((LABELS, 8, 0, (b"zTXt", b"a\0\0" + zlib.compress(NOTE))), LABELS)}
 
 
@@ -158,35 +159,31 @@ def tiff(values):
 
 
 RAMP = np.linspace(0, 1, 60).reshape(6, 10)
-DEEP = {"12 of 16 bits": png((RAMP * 4095).round(), 16), "16 bits": png((RAMP * 65535).round(), 16),
-        "12 bits, TIFF": tiff((RAMP * 4095).round().astype(np.uint16)), "0 to 1": tiff(RAMP.astype(np.float32)),
-        "0 to 255 in floats": tiff((RAMP * 255).astype(np.float32)), "32 bits": tiff((RAMP * 65535).astype(np.int32)),
-        "8 of 16 bits": png((RAMP * 255).round(), 16), "16 bits, RGB": png(np.stack(3 * [RAMP * 65535], 2), 16, 2),
-        "12 bits, RGB": png(np.stack(3 * [RAMP * 4095], 2), 16, 2), "negative": tiff(RAMP.astype(np.float32) - 1),
-        "not finite": tiff(np.log(RAMP[:, 9:].astype(np.float32) - 1)), "to 1.5": tiff(RAMP.astype(np.float32) * 1.5)}
-BLACK = {"12 bits, RGB": "is black, as its 16 bits", "negative": "its values go from -1 to 0: expected 0 to 1",
-         "not finite": "its values go from", "to 1.5": "its values go from 0 to 1.5"}
+DEEP = [  # a picture, and if it is refused: why
+    *((png((RAMP * white).round(), 16), None) for white in (255, 4095, 65535)),
+    (png(np.stack(3 * [RAMP * 65535], 2), 16, 2), None), (tiff((RAMP * 4095).round().astype(np.uint16)), None),
+    (tiff(RAMP.astype(np.float32)), None), (tiff((RAMP * 255).astype(np.float32)), None),
+    (tiff((RAMP * 65535).astype(np.int32)), None),
+    (png(np.stack(3 * [RAMP * 4095], 2), 16, 2), "is black, as its 16 bits hold only values below 4,096"),
+    (tiff(RAMP.astype(np.float32) - 1), "values go from -1 to 0: expected 0 to 1"),
+    (tiff(np.full((6, 10), np.nan, np.float32)), "values go from nan"),
+    (tiff(RAMP.astype(np.float32) * 1.5), "values go from 0 to 1.5")]
 
 
-@pytest.mark.parametrize("kind", DEEP)
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_pictures_of_other_depths_are_as_bright_as_they_are_meant(kind, tmp_path):
+@pytest.mark.parametrize("stored, refused", DEEP)
+def test_pictures_of_other_depths_are_as_bright_as_they_are_meant(stored, refused, tmp_path):
     path = tmp_path / "a.png"
-    path.write_bytes(DEEP[kind])
-    if kind in BLACK:
-        with pytest.raises(sources.DataError, match=f"the image .*a.png .?{BLACK[kind]}"):
-            files.read_image(path)
-    else:
+    path.write_bytes(stored)
+    with pytest.raises(sources.DataError, match=f"a.png .*{refused}") if refused else contextlib.nullcontext():
         assert np.abs(files.read_image(path).numpy() - 255 * RAMP).max() <= 1
 
 
 def test_pillow_before_10_1(monkeypatch, tmp_path):
     monkeypatch.delattr(Image.Image, "has_transparency_data", raising=False)
-    Image.new("RGBA", (9, 8), (9, 9, 9, 0)).save(tmp_path / "a.png")
-    Image.new("L", (9, 8), 7).save(tmp_path / "b.png", transparency=7)
-    Image.new("RGB", (9, 8), (1, 2, 3)).save(tmp_path / "c.png")
-    means = [files.read_image(tmp_path / f"{name}.png").float().mean().item() for name in "abc"]
-    assert means == [255, 255, 2]
+    for mode, colour, how, mean in (("RGBA", (9, 9, 9, 0), {}, 255), ("RGB", (1, 2, 3), {}, 2),
+                                    ("L", 7, {"transparency": 7}, 255)):
+        Image.new(mode, (9, 8), colour).save(tmp_path / "a.png", **how)
+        assert files.read_image(tmp_path / "a.png").float().mean() == mean
 
 
 def test_own_pictures_that_exif_turns_are_refused_and_the_benchmarks_are_read_as_stored(tmp_path, trees):
@@ -198,8 +195,8 @@ def test_own_pictures_that_exif_turns_are_refused_and_the_benchmarks_are_read_as
             exif[0x112] = note
             Image.open(path).save(path, quality=100, subsampling=0, exif=exif)
             source = sources.open_dataset(name, root)
-            with pytest.raises(sources.DataError, match="a.jpg is turned by its EXIF note") if note == 3 and name != "voc" else \
-                    contextlib.nullcontext():
+            refused = pytest.raises(sources.DataError, match="a.jpg is turned by its EXIF note")
+            with refused if note == 3 and name != "voc" else contextlib.nullcontext():
                 image = files.read_pair(source.train[0], source.table(True), 3)[1]
                 assert (image.float() - before.float()).abs().mean() < 3
                 data_check.check(source)
@@ -248,7 +245,7 @@ BROKEN = [
     ("own", remove("val.txt"), "no file .*val.txt: expected a text file"),
     ("own", text("train.txt", "\n"), "train.txt is empty"),
     ("own", text("classes.txt", "café\n"), "classes.txt as UTF-8 text: save it again with the encoding UTF-8"),
-    ("own", text("train.txt", "../images/a\nb\n"), "names '../images/a', but .*images holds no such image: write it as 'a', without"),
+    ("own", text("train.txt", "../images/a\nb\n"), "names '../images/a', but .*: write it as 'a', without"),
     ("own", remove(B), "names 'b', but .*masks holds no such mask: .*expected names like 'a', each with an"),
     ("own", lambda r: [p.rename(p.with_stem(f"{p.stem}_mask")) for p in r.glob("masks/*")],
      "names 'a' .and 1 more., but .*masks holds no such mask: found a_mask.png, expected a.png"),
@@ -270,12 +267,13 @@ BROKEN = [
     ("own", masks(B, lambda m: np.stack([m, m, m], -1)), r"channels are equal, so .*getchannel\(0\)"),
     ("own", masks(B, lambda m: Image.fromarray(m > 0)), "b.png has 1 bit a pixel, .*save it with 8 bits"),
     ("own", text("train.txt", "x" * 900 + "\nb\n"), r"names 'x{60}…', but"),
-    ("own", text("classes.txt", "\n".join("abc") + " very long" * 80), "longer than CLIP|too long for CLIP.*77"),
-    ("own", masks(B, lambda m: m * 0 + 77), "1 of 2 training masks of .*, such as b.png, hold 77, but .*number of its line"),
+    ("own", text("classes.txt", "\n".join("abc") + " very long" * 80), "too long for CLIP: .*77"),
+    ("own", masks(B, lambda m: m * 0 + 77), "1 of 2 training masks .*b.png, hold 77, .*number of its line"),
     ("own", masks("masks/*", lambda m: np.where(m, 255, 0)), "hold 0 and 255 alone, .*: write 1 for the object"),
     ("own", lambda r: Image.open(r / B).convert("L").save(r / B, "JPEG"), "b.png .it is JPEG.: expected a whole PNG"),
     ("own", text("images/b.jpg", "\0\0\0\x18ftypheic"), "b.jpg .it is HEIC or AVIF.: expected an intact file"),
-    ("own", text("images/b.jpg", "<html>"), "b.jpg .it starts with b'<html>'"), ("own", text(B, ""), "b.png .it is empty"),
+    ("own", text("images/b.jpg", "<html>"), "b.jpg .it starts with b'<html>'"),
+    ("own", text(B, ""), "b.png .it is empty"),
     ("own", masks(B, lambda m: m[1:]), "70×80 pixels, its mask .* is 69×80, .*: scale the mask to"),
     ("own", masks(B, lambda m: m.T), "its mask .* is 80×70, .*EXIF"),
     ("own", text("images/b.jpg", "ÿØÿ"), "cannot read the image .*b.jpg .*replace it or leave it out"),
@@ -283,12 +281,12 @@ BROKEN = [
     ("own", masks("masks/*", lambda m: m * 0 + 255), "no training mask of .* has a pixel of a seen class"),
     ("own", masks("masks/*", raised), "hold 3, but the 3 lines of classes.txt are 0 sky … 2 cat: lower all by one"),
     ("own", masks("masks/*", lambda m: np.where(m == 2, 3, m)), r"hold 3, but .*: write each .* .values here: 0, 1, 3"),
-    ("own", masks("masks/*", lambda m: np.where(m == 255, 0, m + 1)), "hold 3, but .*: if 0 is background, make it 255"),
+    ("own", masks("masks/*", lambda m: np.where(m == 255, 0, m + 1)), "hold 3, .*: if 0 is background, make it 255"),
     ("voc", masks(AUG, lambda m: m - np.uint8(1)), "the training masks of voc hold more 255.*lowered"),
     ("voc", masks(AUG, raised), r"never hold 0, they look raised by one.*1 aeroplane"),
     ("voc", masks("*Aug/2007_000000.png", lambda m: m * 0 + 21), "1 of 12 training masks .* hold 21: expected 0"),
     ("coco-stuff", remove("stuffthingmaps/train2017/2007_000003.png"), "'2007_000003', but .*such mask"),
-    ("coco-stuff", masks("*/train2017/*.png", lambda m: np.where(m == 0, 11, m)), "training masks .* hold 11, ids that"),
+    ("coco-stuff", masks("*/train2017/*.png", lambda m: np.where(m == 0, 11, m)), "training .* hold 11, ids that"),
     ("coco-stuff", masks("*/val2017/*.png", raised), "test masks .* hold 182, ids that .*trainval2017.zip"),
 ]
 
@@ -305,31 +303,25 @@ def test_broken_data_gives_one_line_that_says_what_to_do(name, spoil, message, t
 def test_the_whole_check_reads_every_file_and_names_each_kind_of_fault(tmp_path, capsys, monkeypatch):
     """One value too many in one of 230 masks, as in ADE20K's 0 to 150: a quick look at 100 sees nothing."""
     root, labels = own_data(tmp_path / "own", classes=[f"class{k}" for k in range(5)]), np.arange(36).reshape(6, 6) % 5
-    stems = [f"{i:03d}" for i in range(230)]
     monkeypatch.setattr(progress, "EVERY", 0)
-    for stem in stems:
+    for stem in (stems := [f"{i:03d}" for i in range(230)]):
         Image.new("RGB", (6, 6)).save(root / f"images/{stem}.jpg")
         (root / f"masks/{stem}.png").write_bytes(png(labels))
     (root / "train.txt").write_text("\n".join(stems))
     args = data_check.parse(["--dataset", str(root), "--picture", str(tmp_path / "check.png")])
     data_check.main(args)
-    assert re.search(r"training images: \d+ of 230 read, 0:00:0\d left\n.*no error", capsys.readouterr().out, re.DOTALL)
+    assert re.search(r"training images: \d+ of 230 read, 0:00:\d\d left\n(.*\n)*no error", capsys.readouterr().out)
     (root / "masks/001.png").write_bytes(png(np.where(labels, labels, 5)))
     assert f"looked at 77 of 230 training images: `python data.py --dataset {root}`" in data_check.check(
         sources.open_dataset(root))[-1]
     (root / "masks/002.png").write_bytes(png(labels)[:-30])
     for stem in ("004", "005", "007", "008"):
         (root / f"images/{stem}.jpg").write_bytes(b"x")
-    (root / "masks/c.png").write_bytes(png(labels))
-    with pytest.raises(sources.DataError, match="own: 4 kinds of faults, each named above"):
+    with pytest.raises(sources.DataError, match="own: 3 kinds of faults, each named above"):
         data_check.main(args)
-    faults = [line for line in capsys.readouterr().out.splitlines() if "own/" in line or " hold " in line]
-    for line, parts in zip(faults, (("1 of 225 training", "001.png, hold 5", "0 class0 … 4 class4: if 0 is background"),
-                                    ("cannot read the mask", "002.png"),
-                                    ("cannot read the image", "004.jpg", "4 files have this fault, 005, 007, … too"),
-                                    ("masks/c.png is 6×6", "scale"))):
-        assert all(part in line for part in parts), (line, parts)
-    assert len(faults) == 4
+    assert re.search("1 of 225 training masks .*001.png, hold 5, .*0 class0 … 4 class4: if 0 is background.*\n"
+                     "cannot read the mask .*002.png .*\ncannot read the image .*004.jpg .*"
+                     "4 files have this fault, 005, 007, … too", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["toy", "context"])
