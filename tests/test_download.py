@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import tracemalloc
@@ -132,8 +133,8 @@ def test_what_the_user_put_there_is_used_or_named_and_never_deleted(tmp_path):
 def test_downloads_take_turns_and_a_killed_one_frees_its_place(tmp_path, capsys):
     root, inside, most = tmp_path / "data", [], []
     root.mkdir()
-    code = f"import fcntl, time; file = open({str(root / '.download.lock')!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); " \
-           "print(flush=True); time.sleep(100)"
+    code = f"import fcntl, time; file = open({str(root / '.download.lock')!r}, 'w'); " \
+           "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(100)"
 
     def hold():
         with download.workshop(root) as folder:
@@ -241,7 +242,18 @@ def test_voc_from_an_empty_folder(official, tmp_path, monkeypatch):
         sources.download_dataset("voc", root)
     assert not masks.exists()  # all masks are made or none
     sources.download_dataset("voc", root)  # goes on from what came
-    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12
+    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12 and names(root) == ["VOCdevkit"]
+    (tmp_path / "benchmark.tgz").rename(root / "benchmark.tgz")  # the user's own, packed and unpacked: used, and stay
+    for extra in ([], ["benchmark_RELEASE"]):
+        shutil.rmtree(masks)
+        if extra:
+            with tarfile.open(root / "benchmark.tgz") as archive:
+                archive.extractall(root, filter="data")
+            (root / "benchmark.tgz").write_bytes(b"is not asked")
+        (root / ".download").mkdir()
+        sources.download_dataset("voc", root)
+        assert under(masks) == under(drawn / "SegmentationClassAug") and len(asked) == 4
+        assert names(root) == ["VOCdevkit", "benchmark.tgz", *extra]
 
 
 def test_coco_stuff_from_its_three_archives(official, tmp_path):
