@@ -3,7 +3,7 @@
 Which files and classes there are is in sources/. As a command this file fetches and checks a data set:
 
     python data.py --dataset voc --download     # brings VOC 2012 and SBD, makes SegmentationClassAug
-    python data.py --dataset my_data            # the data check: counts, mask values, a picture
+    python data.py --dataset my_data            # the whole check: every file, counts, mask values, a picture
 
 Symbols: B images, H×W pixels, h×w the dense grid, N = h·w.
 """

@@ -10,8 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import time
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -28,10 +26,10 @@ from model import build
 from support import UserError, first_line, pictures, processes, windows
 from support.checkpoint import CheckpointError, atomic, newest_run, read_checkpoint
 from support.command import run_command
+from support.progress import Progress
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
 PICTURES = {"cpu": 1, "cuda": 8}  # whose windows are seen together; the loader has more of them ready
-EVERY = 10  # seconds between two lines of progress
 FIGURES = {"pAcc": "pAcc", "mIoU_seen": "mIoU seen", "mIoU_unseen": "mIoU unseen", "hIoU": "hIoU"}
 
 
@@ -83,9 +81,10 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
               **({"unseen_only": UNSEEN_ALONE} if unseen_only else {})}
     lower_by = torch.tensor(list(gammas.values()), device=device)[:, None] * seen  # (G, K)
     matrices = torch.zeros(len(gammas), K, K, dtype=torch.long, device=device)
-    loader = DataLoader(data.ValSet(source, processes.rank(), processes.world_size()), batch_size=None,
-                        num_workers=0 if device.type == "cpu" else 4, pin_memory=device.type == "cuda")
-    items = progress(loader, len(source.val))
+    part = data.ValSet(source, processes.rank(), processes.world_size())
+    items = iter(DataLoader(part, batch_size=None, num_workers=0 if device.type == "cpu" else 4,
+                            pin_memory=device.type == "cuda"))
+    progress, done = Progress("test", len(part), "images"), 0
     if predictions and (kept := [name for name, *_ in source.val if pictures.foreign(predictions / f"{name}.png")]):
         raise UserError(f"{predictions}/{kept[0]}.png was not written by this command: choose another folder")
     model.eval()
@@ -98,6 +97,9 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
                     matrix += confusion(truth, labels, K)
                 if predictions:
                     pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
+            done += len(some)
+            if processes.rank() == 0:
+                progress.say(done)
     if processes.world_size() > 1:
         dist.all_reduce(matrices)
     names = [source.classes[k] for k in sorted(source.unseen)]
@@ -117,17 +119,6 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
 
 def test_size(source):
     return source.recipe.short_side, source.recipe.window, source.recipe.stride
-
-
-def progress(items, total):
-    """The items of this process; the first process prints, every few seconds, how many of all are done."""
-    start = said = time.time()
-    for i, item in enumerate(items):
-        yield item
-        if processes.rank() == 0 and time.time() - said > EVERY:
-            said, done = time.time(), min((i + 1) * processes.world_size(), total)
-            left = timedelta(seconds=round((said - start) * (total - done) / done))
-            print(f"test    {done} of {total} images, {left} left", flush=True)
 
 
 # ---------------------------------------------------------------- what people see

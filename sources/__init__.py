@@ -10,7 +10,8 @@ from pathlib import Path
 
 from losses import IGNORE
 from sources import coco_stuff, context, voc
-from sources.dataset import DataSource, Recipe, plain, without_unseen
+from sources.dataset import DataSource, Recipe, places, plain, without_unseen
+from sources.download import workshop
 from sources.files import INVALID, DataError
 from sources.folder import open_folder
 from sources.toy import open_toy
@@ -20,7 +21,7 @@ __all__ = ["IGNORE", "INVALID", "NAMES", "DataError", "DataSource", "Recipe", "d
            "plain", "without_unseen"]
 NAMES = ("toy", "voc", "coco-stuff", *context.SPLITS)
 OPENED = {"toy": open_toy, "voc": voc.open_voc, "coco-stuff": coco_stuff.open_coco_stuff}
-FETCHED = {"voc": voc.download, "coco-stuff": coco_stuff.download}
+FETCHED = {"voc": voc, "coco-stuff": coco_stuff}
 
 
 def open_dataset(name, root=None):
@@ -49,4 +50,10 @@ def download_dataset(name, root=None):
     """Brings what is missing of a benchmark's files. Raises DataError."""
     if name not in FETCHED:
         raise DataError(f"--download is for {' and '.join(FETCHED)}, not for {name}: see docs/data.md")
-    FETCHED[name](Path(root) if root else default_root(name))
+    root, module = Path(root) if root else default_root(name), FETCHED[name]
+    whole = all(place.exists() for place in places(root, module.INSIDE, module.TREE).values())
+    if whole and not any(root.glob(".download*")):  # what a killed call left
+        print(f"{name}: {root} has all its files, nothing to fetch", flush=True)
+    else:
+        with workshop(root) as folder:
+            module.download(root, folder)

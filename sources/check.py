@@ -1,47 +1,62 @@
-"""The data check finds in seconds what training would only show as bad scores. train.py starts with it.
+"""The data check: `python data.py` reads every file once; train.py takes a quick look at some of them before it starts.
 
-    python data.py --dataset voc --download   # fetches what is missing, then looks at it
-    python data.py --dataset my_data          # the check alone: counts, mask values, a picture
+    python data.py --dataset voc --download   # fetches what is missing, then checks it
+    python data.py --dataset my_data          # the check alone: files, counts, mask values, a picture
 """
 import argparse
+import os
+import re
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
+import clip
 from sources import IGNORE, INVALID, NAMES, DataError, download_dataset, open_dataset
-from sources.files import read_pair, value_counts
+from sources.files import read_pair, read_raw
 from support import pictures
+from support.command import Signals
+from support.progress import Progress
 
-CHECKED = 100  # images of each part that are decoded, evenly spread
+QUICK = 100  # images of each part that a quick look reads, evenly spread
 NO_THING = ("background", "void", "other", "unlabelled", "unlabeled", "ignore")
 
 
-def check(source):
-    """Looks at a data set -> remarks, a line each, and a picture. Raises DataError.
+def check(source, full=False):
+    """Looks at a data set, at all of its files if `full` -> remarks, a line each, and a picture. Raises DataError.
 
     The picture (Pillow) has a training sample, with labels as the losses see them, and a test sample. Only it can show
     that the masks of own data follow another order than classes.txt."""
     check_table(source)
-    remarks, samples = [], []
+    check_prompts(source)
+    remarks, faults, samples = [], [], []
     if named := [name for name in source.classes if name.lower() in NO_THING]:
         remarks.append(f"warning: {named[0]!r} is a class, but CLIP cannot know what it means: label it 255")
-    if both := {file[1] for file in source.train} & {file[1] for file in source.val}:
+    if both := {file.image for file in source.train} & {file.image for file in source.val}:
         remarks.append(f"warning: {len(both)} test images are training images too, such as {min(both).name}")
     for part, files in (("training", source.train), ("test", source.val)):
         if source.expected and len(files) != (expected := source.expected[part == "test"]):
             remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: scores not comparable")
-        looked = files[::-(-len(files) // CHECKED)]
-        masks = [value_counts(file[2]) for file in looked]
-        check_values(source, part, masks)
-        samples.append(sample(source, looked, part))
+        looked = files if full else files[::-(-len(files) // QUICK)]
+        read, broken = look_at(looked, part, full)
+        pixels = sum((counts for _, counts in read), np.zeros(256, int))
         kind, wanted = ("seen", source.seen) if part == "training" else ("unseen", source.unseen)
-        pixels = sum(masks)
-        if absent := [source.classes[k] for value, k in source.values.items() if k in wanted and not pixels[value]]:
-            if part == "training" and len(absent) == len(wanted):
-                need_seen(source)
+        absent = [source.classes[k] for value, k in source.values.items() if k in wanted and not pixels[value]]
+        if part == "training" and len(absent) >= len(wanted) - 1 and len(looked) < len(files):
+            return check(source, full=True)  # nothing to tell apart, or too rare for a quick look
+        if absent:
             names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
-            remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(masks)} "
+            remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(read)} "
                            f"{part} masks looked at (of {len(files)}): {names}")
+        faults += [*check_values(source, part, read, pixels), *broken]
+        if faults and not full:
+            raise DataError(faults[0])
+        samples.append(faults or sample(source, part, read))
+    if not full and max(len(source.train), len(source.val)) > QUICK:
+        remarks.append(f"looked at {QUICK} images of each part at most: `python data.py --dataset {source.name}` reads all")
+    if faults:
+        print(*remarks, *faults, sep="\n", flush=True)
+        raise DataError(f"{source.name}: {len(faults)} kinds of faults, each named above")
     shown = {k for _, labels in samples for k in labels.unique().tolist()}
     names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
     rows = [[image, pictures.coloured(labels)] for image, labels in samples]
@@ -59,47 +74,91 @@ def check_table(source):
                             f"{names[label] if label < len(names) else label}: this is a bug, please report it")
 
 
-def check_values(source, part, masks):
-    """Pixels of each raw value, mask by mask: are the masks shifted, converted, or of another class list?"""
-    pixels, K = sum(masks), len(source.classes)
-    unknown = [v for v in np.flatnonzero(pixels).tolist() if v not in source.values and v not in source.void]
-    first, last, these = source.classes[0], source.classes[-1], f"the {part} masks of {source.name}"
+def check_prompts(source):
+    """Raises DataError if CLIP cannot read all of a class's text, unseen ones too, which are first used at the test."""
+    longest = source.templates[clip.tokenize(source.templates).argmax(1).argmax()]  # the end mark is the highest id
+    for name in source.classes:
+        for word in name.split(","):
+            try:
+                clip.tokenize(longest.replace("{}", word.replace("_", " ")))
+            except clip.CLIPError as error:
+                raise DataError(f"a class of {source.name} is too long for CLIP: {error}") from None
+
+
+# ---------------------------------------------------------------- files
+
+
+def look_at(files, part, full):
+    """-> [(file, pixels of each raw value)] of what can be read, and a line for each kind of fault in the rest."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, len(files) // QUICK) if full else 0
+    looks = DataLoader(files, batch_size=None, collate_fn=look, num_workers=workers, worker_init_fn=Signals.ignore,
+                       generator=torch.Generator())  # its own: a look changes no random number of the training
+    read, kinds, progress = [], {}, Progress(f"{part} images", len(files), "read")
+    for done, (file, (counts, fault)) in enumerate(zip(files, looks), 1):
+        if fault:  # the kind: without the names and numbers that differ from file to file
+            kind = fault.replace(str(file.image), "").replace(str(file.mask), "")
+            kinds.setdefault(re.sub(r"\(.*\)|\d+", "", kind), []).append((file.name, fault))
+        else:
+            read.append((file, counts))
+        progress.say(done)
+    return read, [fault + f" ({len(more) + 1} files have this fault, {', '.join(name for name, _ in more[:2])}"
+                  f"{', …' * (len(more) > 2)} too)" * bool(more) for (_, fault), *more in kinds.values()]
+
+
+def look(file):
+    """-> pixels of each raw value of its mask, int (256,), and what is wrong with the file, if anything."""
+    try:
+        return np.bincount(read_raw(file)[1].ravel(), minlength=256), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def check_values(source, part, read, pixels):
+    """Faults of raw values: are the masks shifted, converted, or of another class list? At most one line."""
+    K, first, last, these = len(source.classes), source.classes[0], source.classes[-1], f"{part} masks of {source.name}"
+    held = [v for v in np.flatnonzero(pixels).tolist() if v != IGNORE]
+    unknown = [v for v in held if v not in source.values and v not in source.void]
+    bad = [file.mask.name for file, counts in read if counts[unknown].any()]
+    some = f"{len(bad)} of {len(read)} {these}, such as {min(bad, default='')}, hold {', '.join(map(str, unknown[:5]))}"
     if 0 in source.void:  # VOC, Context
         right = f"expected 0 background, 1 {first} … {K} {last}: use the files as they come"
-        if len(masks) >= 10 and not pixels[0]:
-            raise DataError(f"{these} never hold 0, they look raised by one: {right}")
-        if pixels[255] > pixels[0]:
-            raise DataError(f"{these} hold more 255 (void) than 0 (background), they look lowered by one: {right}")
+        if len(read) >= 10 and not pixels[0]:
+            yield f"the {these} never hold 0, they look raised by one: {right}"
+        elif pixels[IGNORE] > pixels[0]:
+            yield f"the {these} hold more 255 (void) than 0 (background), they look lowered by one: {right}"
+        elif unknown:
+            yield f"{some}: {right}"
     elif source.expected and unknown:
-        raise DataError(f"{these} hold {unknown[0]}, an id that stuffthingmaps never use, they look converted or "
-                        "shifted: use the files of stuffthingmaps_trainval2017.zip as they come")
-    elif K in unknown:
-        mend = "if 0 is background, make it 255 and lower the others by one" if pixels[0] else "lower all by one"
-        raise DataError(f"{these} hold {K}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}")
+        yield (f"{some}, ids that stuffthingmaps never use, they look converted or shifted: use the files of "
+               "stuffthingmaps_trainval2017.zip as they come")
+    elif unknown:
+        mend = "lower all by one" if held == [*range(1, K + 1)] else \
+            "if 0 is background, make it 255 and lower the others by one; else add the missing class" \
+            if held == [*range(K + 1)] else "write each class as the number of its line, counted from 0, and 255 " \
+            f"where no class is (values here: {', '.join(map(str, held[:8]))}{' …' * (len(held) > 8)})"
+        yield f"{some}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}"
+    elif held == [0] and pixels[IGNORE] and part == "training":
+        yield f"the {these} hold 0 and 255 alone, and 255 means no class: write 1 for the object, if 255 is the object"
+    elif part == "training" and read and not any(source.values.get(v) in source.seen for v in held):
+        yield (f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or is every class "
+               "in them named as unseen?")
 
 
-def sample(source, files, part):
-    """Reads all these images -> the one with most classes, and its labels as indexes into all classes.
+def sample(source, part, read):
+    """The image with most classes, and its labels as indexes into all classes.
 
     Of training images one that hides something is taken, if there is any."""
-    training, names, most = part == "training", torch.arange(256), (False, -1)
+    training, names, table = part == "training", torch.arange(256), source.table(part == "training")
     if training:
         names[:len(source.seen)] = torch.tensor(source.seen)
-    table = source.table(training)
-    for file in files:
-        _, image, labels = read_pair(file, table, len(source.classes))
-        worth = training and bool((labels == IGNORE).any()), len(labels.unique())
-        if worth > most:
-            most, best = worth, (image, names[labels.long()])
-    return best
 
+    def worth(item):
+        labels = table[np.flatnonzero(item[1])].unique()
+        return training and IGNORE in labels, len(labels)
 
-def need_seen(source):
-    """Raises DataError if no training mask at all has a pixel to learn from."""
-    seen = [value for value, k in source.values.items() if k not in source.unseen]
-    if not any(value_counts(file[2])[seen].any() for file in source.train):
-        raise DataError(f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or is "
-                        "every class in them named as unseen?")
+    _, image, labels = read_pair(max(read, key=worth)[0], table, len(source.classes))
+    return image, names[labels.long()]
 
 
 # ---------------------------------------------------------------- the command
@@ -111,11 +170,9 @@ def main(args):
     source = open_dataset(args.dataset, args.data_root)
     print(f"{source.name}: {len(source.train)} training images, {len(source.val)} test images, "
           f"{len(source.seen)} seen classes, {len(source.unseen)} unseen", flush=True)
-    remarks, picture = check(source)
+    remarks, picture = check(source, full=True)
     pictures.save(picture, args.picture)
-    for remark in remarks:
-        print(remark)
-    print(f"no error in up to {CHECKED} training and {CHECKED} test images; are the labels in {args.picture} right?")
+    print(*remarks, f"no error in any file; are the labels in {args.picture} right?", sep="\n")
 
 
 def parse(argv=None):

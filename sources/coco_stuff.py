@@ -27,8 +27,8 @@ def open_coco_stuff(root):
                       tuple(protocol["templates"]), Recipe(steps=protocol["iterations"]), (255,), COUNTS)
 
 
-def download(root):
-    """Brings what is missing of the tree. A second call does nothing."""
+def download(root, folder):
+    """Brings what is missing of the tree; `folder` is for what comes between."""
     place = {part: path if path.exists() else root / part for part, path in places(root, INSIDE, TREE).items()}
     bring("coco-stuff", root, {TRAIN: {"train2017": place["train2017"]}, VAL: {"val2017": place["val2017"]},
-                               MAPS: {part: place[f"stuffthingmaps/{part}"] for part in PARTS}})
+                               MAPS: {part: place[f"stuffthingmaps/{part}"] for part in PARTS}}, folder)

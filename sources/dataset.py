@@ -8,10 +8,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from losses import IGNORE
-from sources.files import INVALID, DataError, value_counts
+from sources.files import INVALID, DataError, read_values, short
 
 # FIELD: the benchmarks' classes, unseen indexes, mask values, prompts
 PROTOCOL = json.loads((Path(__file__).parent / "protocol.json").read_text())
@@ -47,7 +48,7 @@ class DataSource:
     classes: list  # K names; synonyms separated by commas
     unseen: set  # indexes into classes
     values: dict  # raw mask value -> class index; what is not in it must be in `void`
-    train: list = dataclasses.field(repr=False)  # (name, image path, mask path)
+    train: list = dataclasses.field(repr=False)  # files.Pair
     val: list = dataclasses.field(repr=False)
     templates: tuple
     recipe: Recipe
@@ -61,12 +62,10 @@ class DataSource:
                             "2, as training tells classes apart: add classes, or name fewer of them as unseen")
         owner = {}
         for name in self.classes:
-            if not name.strip(", "):
-                raise DataError(f"{self.name}: the class {name!r} has no name: give it a word, of which text is made")
             for word in filter(None, map(plain, name.split(","))):
                 if owner.setdefault(word, name) != name:
-                    raise DataError(f"{self.name}: the classes {owner[word]!r} and {name!r} share the name {word!r}, "
-                                    "so text cannot tell them apart: remove it from one of them")
+                    raise DataError(f"{self.name}: the classes {short(owner[word])} and {short(name)} share the name "
+                                    f"{short(word)}, so text cannot tell them apart: remove it from one of them")
 
     @property
     def seen(self):
@@ -98,7 +97,7 @@ def without_unseen(source):
     """Strict inductive: the training files whose masks hold no unseen pixel. Every mask is read once."""
     hidden = [value for value, k in source.values.items() if k in source.unseen]
     with ThreadPoolExecutor(THREADS) as pool:
-        held = pool.map(lambda file: value_counts(file[2])[hidden].any(), source.train)
+        held = pool.map(lambda file: np.isin(read_values(file.mask), hidden).any(), source.train)
         kept = [file for file, unseen in zip(source.train, held) if not unseen]
     if not kept:
         raise DataError(f"all {len(source.train)} training images of {source.name} hold an unseen class, so that "

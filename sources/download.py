@@ -1,13 +1,14 @@
 """Fetches archives and unpacks them, whole or not at all.
 
-An archive arrives as NAME.partial in the data set's folder; an interrupted transfer goes on from there. It gets its
-name once its checksum matches, whatever the server, and is deleted once it is unpacked. One that the user put there
-is taken too.
+All that comes between lies in `.download` in the data set's folder; nothing else is ever deleted, and an archive that
+the user put into the folder is used. An archive arrives as NAME.part; an interrupted transfer goes on from its last
+byte. It gets its name once its checksum matches, whatever the server, and is deleted once it is unpacked.
 """
 import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -16,43 +17,77 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from urllib.request import Request, urlopen
 
-from torch.hub import tqdm  # its own stand-in where tqdm is not installed
-
 from sources.files import DataError
+from support.progress import Progress
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two downloads apart
+    fcntl = None
 
 TIMEOUT = 30  # seconds without an answer, then the next address
-CHUNK = 1 << 20
+CHUNK, MB = 1 << 20, 10**6
 
 
 @dataclass(frozen=True)
 class Archive:
     name: str
     size: int  # bytes; rounded where there is no md5
-    md5: str | None
+    md5: str | None  # without one it is a zip, whose checksums are inside
     addresses: tuple  # of the folders that serve it, tried in this order
     unpacked: int  # bytes of disk for what is taken out of it, rounded up
 
 
-def bring(dataset, root, wanted):
+@contextlib.contextmanager
+def workshop(root):
+    """The folder `root/.download`, for one process at a time. It goes once the block has ended well."""
+    root.mkdir(parents=True, exist_ok=True)
+    folder, lock = root / ".download", root / ".download.lock"
+    while True:
+        file = open(lock, "w")
+        with contextlib.suppress(AttributeError, OSError):  # Windows, or a disk without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it dies with its process
+            except BlockingIOError:
+                print(f"another process downloads into {root}: waiting for it …", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # its last owner has removed it
+    try:
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            lock.unlink()
+        file.close()
+
+
+def bring(dataset, root, wanted, folder):
     """Fetches and unpacks what is not in its place yet. wanted: {archive: {file or folder in it: its place}}."""
     wanted = {archive: missing for archive, parts in wanted.items()
-              if (missing := {part: place for part, place in parts.items() if not place.exists()})}
+              if (missing := {part: place for part, place in parts.items() if not os.path.lexists(place)})}
     if wanted:
-        root.mkdir(parents=True, exist_ok=True)
-        reserve(dataset, root, list(wanted))
-    else:
-        print(f"{dataset}: {root} has all its files, nothing to fetch", flush=True)
+        reserve(dataset, root, list(wanted), folder)
     for archive, parts in wanted.items():
-        unpack(fetch(archive, root), parts)
+        path, ours = fetch(archive, root, folder), folder / archive.name
+        try:
+            unpack(path, parts, folder / "unpacked")
+        except DataError as error:
+            ours.unlink(missing_ok=True)
+            raise DataError(f"{error}: run it again" + " without this file" * (path != ours)) from None
+        ours.unlink(missing_ok=True)
 
 
-def reserve(dataset, root, archives):
+def reserve(dataset, root, archives, folder):
     """Prints what will be downloaded and how much disk it needs. Raises DataError if the disk is too small."""
-    stays = peak = 0
+    stays = peak = arrived = 0
     for archive in archives:  # one after the other: each is deleted before the next one comes
         peak = max(peak, stays + archive.size + archive.unpacked)
         stays += archive.unpacked
-    arrived = sum(path.stat().st_size for archive in archives for path in root.glob(f"{archive.name}*"))
+        arrived += sum(path.stat().st_size for path in (root / archive.name, *folder.glob(f"{archive.name}*"))
+                       if path.exists())
     free = shutil.disk_usage(root).free
     size, disk, end, left = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
     text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size}; needs {disk} of disk at "
@@ -62,90 +97,94 @@ def reserve(dataset, root, archives):
     print(text, flush=True)
 
 
-def fetch(archive, root):
-    """-> path of the whole archive in `root`. Raises DataError if no address gives it."""
-    target, partial = root / archive.name, root / f"{archive.name}.partial"
-    if target.exists():
-        if archive.md5 and (found := md5_of(target)) != archive.md5:
-            raise DataError(f"{target} has the md5 {found}, the official one {archive.md5}: delete it and call again")
-        return target
-    for folder in archive.addresses:
-        print(f"{folder}{archive.name}", flush=True)
+def fetch(archive, root, folder):
+    """-> path of the whole archive, the user's in `root` or ours in `folder`. Raises DataError if nobody gives it."""
+    theirs, ours, partial = root / archive.name, folder / archive.name, folder / f"{archive.name}.part"
+    if theirs.exists():
+        if fault := differs(theirs, archive):
+            raise DataError(f"{theirs} is not the official archive ({fault}): run it again without this file")
+        return theirs
+    if ours.exists():  # of a call that ended before it was unpacked
+        return ours
+    for address in archive.addresses:
+        print(f"{address}{archive.name}", flush=True)
         try:
-            transfer(folder + archive.name, partial, archive)
-            if archive.md5 and (found := md5_of(partial)) != archive.md5:
+            transfer(address + archive.name, partial, archive)
+            if fault := differs(partial, archive):
                 partial.unlink()
-                raise OSError(f"its md5 is {found}, expected {archive.md5}")
-            os.replace(partial, target)
-            return target
-        except (OSError, HTTPException) as error:  # refused, not found, too slow, cut off, another file
+                raise OSError(fault)
+            os.replace(partial, ours)
+            return ours
+        except (OSError, HTTPException, ValueError) as error:  # refused, not found, too slow, cut off, another file
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise DataError(f"the disk of {root} is full: free some space and run it again, it continues") from None
-            print(f"    failed: {str(error) or type(error).__name__}", flush=True)
+            if getattr(error, "code", None) == 416 and not archive.md5:  # we have more than there is: another version
+                partial.unlink()
+            print(f"    failed: {str(error).strip() or type(error).__name__}", flush=True)
     raise DataError(f"{archive.name} could not be downloaded from any of {len(archive.addresses)} addresses: try again "
-                    f"later, or get it yourself and put it at {target}" + f" (md5 {archive.md5})" * bool(archive.md5))
+                    f"later, or get it yourself and put it at {theirs}" + f" (md5 {archive.md5})" * bool(archive.md5))
+
+
+def differs(path, archive):
+    """What shows that a file is not the whole archive; None if nothing does."""
+    if not archive.md5:
+        return None if zipfile.is_zipfile(path) else "it is no whole zip archive"
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    return f"its md5 is {found}, expected {archive.md5}" if found != archive.md5 else None
 
 
 def transfer(address, partial, archive):
-    """Appends to `partial` what it lacks. Raises OSError or HTTPException where less than all comes."""
-    if not archive.md5:  # nothing would tell a mixture of two versions
-        partial.unlink(missing_ok=True)
+    """Appends to `partial` what it lacks. Raises OSError, HTTPException or ValueError where less than all comes."""
     have = partial.stat().st_size if partial.exists() else 0
-    if have >= archive.size:
+    if have and (have >= archive.size if archive.md5 else zipfile.is_zipfile(partial)):
         return  # the checksum says the rest
     with urlopen(Request(address, headers={"Range": f"bytes={have}-"} if have else {}), timeout=TIMEOUT) as answer:
-        if answer.status != 206:  # the server sends it from the start
-            have = 0
-        size = have + int(answer.headers["Content-Length"] or 0)
+        at = have if answer.status == 206 else 0  # where the answer starts; not all servers know ranges
+        kind = answer.headers.get_content_type()
+        said = answer.headers["Content-Range" if at else "Content-Length"]
+        match = re.fullmatch(rf"bytes {at}-\d+/(\d+)" if at else r"(\d+)", said or "")
+        if said and not match:
+            raise OSError(f"asked for the bytes from {have:,} on, its header says {said!r}")
+        size = int(match[1]) if match else archive.size if archive.md5 else float("inf")  # inf: until it ends
         if archive.md5 and size != archive.size:
-            raise OSError(f"it has {size:,} bytes there, expected {archive.size:,}")
-        with open(partial, "ab" if have else "wb") as file, \
-                tqdm(total=size, initial=have, unit="B", unit_scale=True, unit_divisor=1000) as bar:
-            while chunk := answer.read(min(CHUNK, size - have)):
-                file.write(chunk)
-                have += len(chunk)
-                bar.update(len(chunk))
-    if have < size:
-        raise OSError(f"the connection ended after {have:,} of {size:,} bytes")
+            raise OSError(f"it has {size:,} bytes there ({kind}), expected {archive.size:,}")
+        progress = Progress(archive.name, archive.size // MB, "MB", have // MB)
+        with open(partial, "ab") as file:
+            while at < size and (chunk := answer.read1(int(min(CHUNK, size - at)))):
+                if at == 0 and (kind == "text/html" or chunk[:512].isascii() and b"\0" not in chunk[:512]):
+                    raise OSError(f"it sends {kind} and no archive: {chunk[:60]!r}")
+                file.write(chunk[max(have - at, 0):])
+                at += len(chunk)
+                progress.say(at // MB)
+    if at < size < float("inf"):
+        raise OSError(f"the connection ended after {at:,} of {size:,} bytes")
 
 
-def md5_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+def unpack(path, parts, scratch):
+    """Takes {file or folder in the archive: its place} out of an archive, nothing else. Raises DataError."""
+    def wanted(members):
+        progress = Progress(path.name, path.stat().st_size // MB, "MB unpacked")
+        for member in members:
+            name = getattr(member, "name", member)
+            if any(name == part or name.startswith(f"{part}/") for part in parts):
+                yield member
+            progress.say(file.tell() // MB)
 
-
-def unpack(path, parts):
-    """Takes {file or folder in the archive: its place} out of an archive, nothing else; then deletes the archive."""
     print(f"unpacking {path} …", flush=True)
-
-    def wanted(name):
-        return any(name == part or name.startswith(f"{part}/") for part in parts)
-
-    with scratch(path) as folder:
-        try:
-            if path.suffix == ".zip":
-                with zipfile.ZipFile(path) as archive:  # drops .. and a leading / of names, checks each file's CRC
-                    archive.extractall(folder, filter(wanted, archive.namelist()))
-            else:
-                with tarfile.open(path) as archive:
-                    archive.extractall(folder, (m for m in archive if wanted(m.name)), filter="data")
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise DataError(f"{path} cannot be unpacked ({error}): delete it and call again") from None
-        if absent := [part for part in parts if not (folder / part).exists()]:
-            raise DataError(f"{path} holds no {absent[0]}: it is not the official archive, delete it and call again")
-        for part, place in parts.items():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / part, place)
-    path.unlink()
-
-
-@contextlib.contextmanager
-def scratch(target):
-    """An empty folder beside `target`, to be filled and renamed. Clears what a killed call left."""
-    folder = target.with_name(f".partial.{target.name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed call
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with open(path, "rb") as file:
+            if path.suffix == ".zip":
+                with zipfile.ZipFile(file) as archive:  # drops .. and a leading / of names, checks each file's CRC
+                    archive.extractall(scratch, wanted(archive.namelist()))
+            else:
+                with tarfile.open(fileobj=file) as archive:
+                    archive.extractall(scratch, wanted(archive), filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be unpacked ({error})") from None
+    if absent := [part for part in parts if not (scratch / part).exists()]:
+        raise DataError(f"{path} holds no {absent[0]}: it is not the official archive")
+    for part, place in parts.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(scratch / part, place)

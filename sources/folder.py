@@ -4,7 +4,7 @@
     root/train.txt  root/val.txt (a NAME a line)    root/classes.txt  root/unseen.txt (class names a line)
 """
 from sources.dataset import PROTOCOL, DataSource, Recipe
-from sources.files import IMAGES, INVALID, MASKS, DataError, list_files, pair_up, read_lines
+from sources.files import IMAGES, INVALID, MASKS, DataError, list_files, pair_up, read_lines, short
 
 FOLDER = Recipe(steps=20000)  # OURS: as VOC
 TEMPLATES = tuple(PROTOCOL["coco-stuff"]["templates"])
@@ -14,19 +14,19 @@ def open_folder(root, name, templates=TEMPLATES, recipe=FOLDER):
     if not root.is_dir():
         raise DataError(f"no folder {root}: expected a folder that holds images/, masks/, train.txt, val.txt and "
                         "classes.txt (docs/data.md; python -m toy.world --root FOLDER draws one)")
-    classes = read_lines(root / "classes.txt")
+    classes = read_lines(root / "classes.txt", numbered=True)
     if not classes or len(classes) > INVALID:
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, expected one for each class, {INVALID} at most "
                         "(masks have 8 bits)")
     if twice := [c for i, c in enumerate(classes) if c in classes[:i]]:
-        raise DataError(f"{root}/classes.txt names {twice[0][:60]!r} twice: give the second another name, or merge "
+        raise DataError(f"{root}/classes.txt names {short(twice[0])} twice: give the second another name, or merge "
                         "the two in the masks")
     unseen = read_lines(root / "unseen.txt") if (root / "unseen.txt").exists() else []
     if unknown := [c for c in unseen if c not in classes]:
-        raise DataError(f"{root}/unseen.txt names {unknown[0][:60]!r}, which is not a line of classes.txt: copy the "
+        raise DataError(f"{root}/unseen.txt names {short(unknown[0])}, which is not a line of classes.txt: copy the "
                         "whole line from there, synonyms included")
     images, masks = list_files(root / "images", IMAGES), list_files(root / "masks", MASKS)
-    splits = [pair_up(read_lines(root / f"{split}.txt"), images, masks, root / f"{split}.txt")
-              for split in ("train", "val")]
+    lists = root / "train.txt", root / "val.txt"
+    splits = [pair_up(read_lines(path), images, masks, path, own=True) for path in lists]
     return DataSource(name, classes, {classes.index(c) for c in unseen},
                       {k: k for k in range(len(classes))}, *splits, templates, recipe)

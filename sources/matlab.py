@@ -18,7 +18,9 @@ STRUCT, UINT8_ARRAY = 2, 9  # classes of arrays
 def read_segmentation(data, name):
     """Bytes of a .mat file -> GTcls.Segmentation, uint8 array (H, W). Raises DataError."""
     try:
-        order = {b"IM": "<", b"MI": ">"}[data[126:128]]
+        if data[124:128] not in (b"\0\1IM", b"\1\0MI"):
+            raise ValueError(f"it starts with {data[:20]!r}")
+        order = "<" if data[126:128] == b"IM" else ">"
         for kind, body in elements(data, order, 128):
             if kind == COMPRESSED:
                 (kind, body), = elements(zlib.decompressobj().decompress(body, LIMIT), order)
@@ -27,8 +29,9 @@ def read_segmentation(data, name):
                 if variable == b"GTcls" and array_class == STRUCT:
                     return segmentation(rest, order)
         raise ValueError("no struct GTcls")
-    except (ValueError, KeyError, struct.error, zlib.error) as error:
-        raise DataError(f"cannot read the mask {name} ({error}): expected SBD's MATLAB file") from None
+    except (ValueError, StopIteration, struct.error, zlib.error) as error:
+        raise DataError(f"cannot read the mask {name} ({error}): expected SBD's file of MATLAB 5 with the uint8 "
+                        "matrix GTcls.Segmentation; get SBD anew") from None
 
 
 def elements(data, order, at=0):

@@ -9,9 +9,10 @@ import shutil
 from PIL import Image
 
 from sources.dataset import PROTOCOL, DataSource, Recipe, locate, places
-from sources.download import Archive, bring, scratch
+from sources.download import Archive, bring
 from sources.files import MASKS, list_files, pair_up, read_lines
 from sources.matlab import read_segmentation
+from support.progress import Progress
 
 INSIDE = "VOCdevkit/VOC2012"  # where the archive's files lie
 VAL, AUG = "ImageSets/Segmentation/val.txt", "SegmentationClassAug"
@@ -19,6 +20,7 @@ TREE = {"JPEGImages": "17,125 .jpg of VOC 2012",
         "SegmentationClass": "2,913 .png of VOC 2012, palette as it comes: the test masks",
         AUG: "12,031 .png of VOC and SBD together: all that val.txt does not name are for training",
         VAL: "1,449 names"}
+SBD_PLACES = "benchmark_RELEASE/dataset/cls", "SBD/benchmark_RELEASE/dataset/cls", "SBD/cls", "SBD"  # unpacked by users
 COUNTS = 10582, 1449  # training, test images
 VOC = Archive("VOCtrainval_11-May-2012.tar", 1_999_639_040, "6cd6e144f989b92b3379bac3b3de84fd", (
     "http://thor.robots.ox.ac.uk/pascal/VOC/voc2012/", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
@@ -37,26 +39,30 @@ def open_voc(root):
                       tuple(protocol["templates"]), Recipe(steps=protocol["iterations"]), (0, 255), COUNTS)
 
 
-def download(root):
-    """Brings what is missing of the tree. A second call does nothing."""
-    where, sbd = places(root, INSIDE, TREE), root / "SBD"
-    bring("voc", root, {VOC: {f"{INSIDE}/{part}": where[part] for part in TREE if part != AUG},
-                        SBD: {} if where[AUG].exists() else {"benchmark_RELEASE/dataset/cls": sbd}})
+def download(root, folder):
+    """Brings what is missing of the tree; `folder` is for what comes between."""
+    where, sbd, missing = places(root, INSIDE, TREE), folder / "SBD", {}
+    if theirs := [path for path in (root / place for place in SBD_PLACES) if any(path.glob("*.mat"))]:
+        sbd = theirs[0]
+    elif not where[AUG].exists():
+        missing = {SBD_PLACES[0]: sbd}
+    bring("voc", root, {VOC: {f"{INSIDE}/{part}": where[part] for part in TREE if part != AUG}, SBD: missing}, folder)
     if not where[AUG].exists():
-        write_masks(list_files(sbd, (".mat",)), list_files(where["SegmentationClass"], MASKS), where[AUG])
-        shutil.rmtree(sbd)
+        write_masks(list_files(sbd, (".mat",)), list_files(where["SegmentationClass"], MASKS), folder / "masks")
+        os.replace(folder / "masks", where[AUG])
 
 
-def write_masks(sbd, official, target):
-    """{name: SBD's file}, {name: VOC's own mask} -> the folder SegmentationClassAug, all of it or none."""
-    print(f"writing {len(sbd | official)} masks into {target} …", flush=True)
+def write_masks(sbd, official, folder):
+    """{name: SBD's file}, {name: VOC's own mask} -> a folder of masks."""
     palette = Image.open(next(iter(official.values()))).getpalette()
-    with scratch(target) as folder:
-        for name, path in (sbd | official).items():
-            if name in official:
-                shutil.copyfile(path, folder / f"{name}.png")
-            else:
-                image = Image.fromarray(read_segmentation(path.read_bytes(), path))
-                image.putpalette(palette)  # VOC's own colours
-                image.save(folder / f"{name}.png")
-        os.replace(folder, target)
+    progress = Progress("SegmentationClassAug", len(sbd | official), "masks")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed call
+    folder.mkdir()
+    for done, (name, path) in enumerate((sbd | official).items()):
+        progress.say(done)
+        if name in official:
+            shutil.copyfile(path, folder / f"{name}.png")
+        else:
+            image = Image.fromarray(read_segmentation(path.read_bytes(), path))
+            image.putpalette(palette)  # VOC's own colours
+            image.save(folder / f"{name}.png")

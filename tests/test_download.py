@@ -1,10 +1,16 @@
 """Archives from a server on this machine: whole or not at all, unpacked safely; SBD's mask files."""
+import contextlib
 import dataclasses
 import errno
 import io
 import re
 import shutil
 import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
 import tracemalloc
 import zlib
 from types import SimpleNamespace
@@ -23,57 +29,144 @@ from sources.matlab import read_segmentation
 NOBODY = "http://127.0.0.1:9/"
 WHOLE = np.random.RandomState(0).bytes(150_000)
 SET = download.Archive("set.tar", len(WHOLE), md5(WHOLE), (), 10**9)
+HTML = b"<!doctype html><title>Sign in to the network</title>"
 
 
-def fetch(root, *addresses):
-    return download.fetch(dataclasses.replace(SET, addresses=addresses), root)
+def fetch(root, *addresses, archive=SET):
+    (root / ".download").mkdir(exist_ok=True)
+    return download.fetch(dataclasses.replace(archive, addresses=addresses), root, root / ".download")
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("there, answer, fault, kept", [  # .partial before the call, the server's file, .partial after
-    (b"", None, "404", 0),
-    (b"", WHOLE[:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0), (WHOLE + b"more", None, "its md5 is", 0),
-    (b"", WHOLE[:-1], "149,999 bytes there, expected 150,000", 0),
-    (b"", (WHOLE, 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
-    (WHOLE[:30_000], (WHOLE, 20_000), "ended after 20,000", 20_000),  # it knows no ranges
+def answer(body, *headers, status="200 OK"):
+    return [b"\r\n".join([f"HTTP/1.1 {status}".encode(), *map(str.encode, headers), b"", body])]
+
+
+def chunked(body):
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+@pytest.mark.parametrize("there, answered, fault, kept", [  # .part before the call, the server's answer, .part after
+    (0, None, "404", 0),
+    (0, WHOLE[:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0),
+    (0, WHOLE[:-1], "149,999 bytes there .*, expected 150,000", 0),
+    (0, (WHOLE, 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
+    (30_000, (WHOLE, 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and comes less far than before
+    (30_000, (WHOLE, 40_000), "ended after 40,000", 40_000),
+    (0, answer(HTML, "Content-Type: text/html", "Content-Length: 52"), "52 bytes there .text/html.", 0),
+    (9, answer(HTML, "Content-Type: text/html"), "sends text/html and no archive.*Sign in", 9),
+    (0, answer("Sorry, später".encode(), "Content-Type: text/html; charset=utf-8"), "sends text/html", 0),
+    (0, answer(b'{"error": "no such file"}', "Content-Type: application/gzip"), "no archive.*no such file", 0),
+    (0, answer(b"%x\r\n" % len(WHOLE) + WHOLE[:60_000], "Transfer-Encoding: chunked"), "IncompleteRead", 60_000),
+    (0, answer(chunked(WHOLE[:50_000]) + chunked(b""), "Transfer-Encoding: chunked"), "ended after 50,000", 50_000),
+    (0, answer(chunked(WHOLE[:50_000]) + b"junk", "Transfer-Encoding: chunked"), "IncompleteRead", 50_000),
+    (0, answer(WHOLE, "Content-Length: many"), "header says 'many'", 0),
+    (9, answer(WHOLE, "Content-Length: -1"), "header says '-1'", 9),
+    (0, answer(WHOLE, f"Content-Length: {'9' * 30}"), "9,999,999.* bytes there", 0),
+    (9, answer(WHOLE, "Content-Range: bytes 0-149999/150000", status="206 x"), "from 9 on, .* says 'bytes 0-", 9),
+    (9, answer(b"", "Location: http://[x/", status="302 Found"), "Invalid", 9), (9, [b"hello\r\n\r\n"], "hello", 9),
 ])
-def test_an_address_that_fails_leaves_what_is_right(there, answer, fault, kept, tmp_path, capsys):
-    target, partial = tmp_path / "set.tar", tmp_path / "set.tar.partial"
+def test_an_address_that_fails_leaves_what_is_right(there, answered, fault, kept, tmp_path, capsys):
+    partial = tmp_path / ".download/set.tar.part"
+    partial.parent.mkdir()
     if there:
-        partial.write_bytes(there)
-    with serve({"/set.tar": answer, "/whole/set.tar": WHOLE}) as (server, asked):
-        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* {target} .md5 {SET.md5}"):
+        partial.write_bytes(WHOLE[:there])
+    with serve({"/set.tar": answered, "/whole/set.tar": WHOLE}) as (server, asked):
+        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* {tmp_path}/set.tar .md5 {SET.md5}"):
             fetch(tmp_path, server)
         assert re.fullmatch(f"{server}set.tar\n    failed: [^\n]*{fault}[^\n]*\n", capsys.readouterr().out)
         assert (partial.read_bytes() if partial.exists() else b"") == WHOLE[:kept]
         for _ in range(2):  # the second time without a request
-            assert fetch(tmp_path, NOBODY, f"{server}whole/").read_bytes() == WHOLE and names(tmp_path) == ["set.tar"]
+            assert fetch(tmp_path, NOBODY, f"{server}whole/").read_bytes() == WHOLE
+            assert names(tmp_path) == [".download"] and names(partial.parent) == ["set.tar"]
         assert [want for path, want in asked if "whole" in path] == [f"bytes={kept}-" if kept else None]
     assert "refused" in capsys.readouterr().out
 
 
-def test_what_lies_there_is_checked(tmp_path):
-    (tmp_path / "set.tar.partial").write_bytes(WHOLE)  # killed between the last byte and the new name
+@pytest.mark.parametrize("there, answered, fault, kept", [
+    (0, answer(HTML, "Content-Length: 52"), "no archive", 0), (0, b"\0" * 900, "no whole zip", 0),
+    (0.9, None, "404", 0.9),
+    (0.5, answer(b"", "Content-Range: bytes */70", status="416 x"), "416", 0),  # another version, which is shorter
+    (0, (True, 0.5), "ended after", 0.5), (0.5, True, None, 1), (1, None, None, 1), (0.5, (True, 2.0), None, 1)])
+def test_an_archive_without_a_checksum(there, answered, fault, kept, tmp_path, capsys):
+    """True is the right one, numbers are shares of it."""
+    whole = pack(tmp_path / "set.zip", {f"pictures/{i}.jpg": WHOLE for i in range(3)}).read_bytes()
+    (tmp_path / "set.zip").unlink()
+    if isinstance(answered, tuple):
+        answered = whole, int(answered[1] * len(whole))
+    archive = dataclasses.replace(SET, name="set.zip", md5=None, size=10**6)
+    partial = tmp_path / ".download/set.zip.part"
+    partial.parent.mkdir()
+    if there:
+        partial.write_bytes((whole + whole)[:int(there * len(whole))])
+    with serve({"/set.zip": whole if answered is True else answered}) as (server, _), contextlib.ExitStack() as stack:
+        if fault:
+            stack.enter_context(pytest.raises(sources.DataError))
+        assert fetch(tmp_path, server, archive=archive).read_bytes() == whole
+    assert fault is None or fault in capsys.readouterr().out
+    if fault:
+        assert (partial.read_bytes() if partial.exists() else b"") == (whole + whole)[:int(kept * len(whole))]
+
+
+def test_what_the_user_put_there_is_used_or_named_and_never_deleted(tmp_path):
+    (tmp_path / ".download").mkdir()
+    (tmp_path / ".download/set.tar.part").write_bytes(WHOLE)  # killed between the last byte and the new name
     assert fetch(tmp_path, NOBODY).read_bytes() == WHOLE
-    (tmp_path / "set.tar").write_bytes(WHOLE[:-1])
-    with pytest.raises(sources.DataError, match="set.tar has the md5 .*: delete it and call again"):
+    path = tmp_path / "set.tar"
+    path.write_bytes(WHOLE[:-1])
+    with pytest.raises(sources.DataError, match="set.tar is not the official archive .its md5 .*: run"):
         fetch(tmp_path)
+    data = pack(path, {"pictures/a.jpg": b"a"}).read_bytes()
+    mine = dataclasses.replace(SET, md5=md5(data))
+    for part, message in (("absent", "holds no absent"), ("pictures", None)):
+        with pytest.raises(sources.DataError, match=message) if message else contextlib.nullcontext():
+            download.bring("voc", tmp_path, {mine: {part: tmp_path / "in" / part}}, tmp_path / ".download")
+        assert path.read_bytes() == data
+    (tmp_path / "link").symlink_to("nowhere")
+    download.bring("voc", tmp_path, {mine: {"pictures": tmp_path / "link"}}, tmp_path / ".download")
+    assert names(tmp_path / "in/pictures") == ["a.jpg"] and (tmp_path / "link").is_symlink()
+
+
+def test_downloads_take_turns_and_a_killed_one_frees_its_place(tmp_path, capsys):
+    root, inside, most = tmp_path / "data", [], []
+    root.mkdir()
+    code = f"import fcntl, time; file = open({str(root / '.download.lock')!r}, 'w'); " \
+           "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(100)"
+
+    def hold():
+        with download.workshop(root) as folder:
+            most.append(len(inside))
+            inside.append((folder / "set.tar.part").touch())
+            time.sleep(0.1)
+            inside.pop()
+
+    threads = [threading.Thread(target=hold, daemon=True) for _ in range(3)]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as killed:
+        killed.stdout.readline()
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        assert not most
+        killed.kill()
+    for thread in threads:
+        thread.join(60)
+    assert most == [0, 0, 0] and names(root) == [] and capsys.readouterr().out.count("waiting") >= 3
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     big, disk = dataclasses.replace(SET, size=4 * 10**9, addresses=(NOBODY,)), SimpleNamespace(free=5.01e9)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: disk)
-    download.reserve("voc", tmp_path, [big, SET])  # one after the other
+    download.reserve("voc", tmp_path, [big, SET], tmp_path)  # one after the other
     disk.free = 4.99e9
     with pytest.raises(sources.DataError, match="4.0 GB; needs 5.0 GB of disk at first and 1.0 GB in the end, 5.0 GB"):
-        download.bring("voc", tmp_path, {big: {"pictures": tmp_path / "pictures"}})
-    with open(tmp_path / "set.tar.partial", "wb") as file:
+        download.bring("voc", tmp_path, {big: {"pictures": tmp_path / "pictures"}}, tmp_path)
+    with open(tmp_path / "set.tar.part", "wb") as file:
         file.truncate(4 * 10**9)  # without taking disk: what has arrived needs no more room
     disk.free = 1.1e9
-    download.reserve("voc", tmp_path, [big])
+    download.reserve("voc", tmp_path, [big], tmp_path)
     monkeypatch.setattr(download, "transfer", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(sources.DataError, match="the disk of .* is full: free some space and run it again"):
         fetch(tmp_path, NOBODY)
@@ -83,15 +176,15 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, mon
 def test_what_is_asked_for_is_unpacked_all_of_it_or_nothing(kind, tmp_path):
     path, wanted = tmp_path / f"set.{kind}", {"pictures": tmp_path / "in/pictures"}
     data = pack(path, {f"pictures/{name}.jpg": WHOLE for name in "abc"} | {"other/d.txt": b"not asked"}).read_bytes()
-    for there, parts, message in ((data[:60_000], wanted, f"set.{kind} cannot be unpacked .*: delete it"),
+    for there, parts, message in ((data[:60_000], wanted, f"set.{kind} cannot be unpacked"),
                                   (data, wanted | {"absent": tmp_path / "absent"}, "holds no absent")):
         path.write_bytes(there)
         with pytest.raises(sources.DataError, match=message):
-            download.unpack(path, parts)
-        assert names(tmp_path) == [path.name]
-    (tmp_path / f".partial.{path.name}/pictures/of a killed call").mkdir(parents=True)
-    download.unpack(path, wanted)
-    assert names(tmp_path) == ["in"] and names(tmp_path / "in/pictures") == ["a.jpg", "b.jpg", "c.jpg"]
+            download.unpack(path, parts, tmp_path / "scratch")
+        assert set(names(tmp_path)) <= {path.name, "scratch"}
+    (tmp_path / "scratch/pictures/of a killed call").mkdir(parents=True)
+    download.unpack(path, wanted, tmp_path / "scratch")
+    assert names(tmp_path / "in/pictures") == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
@@ -102,11 +195,11 @@ def test_nothing_leaves_the_folder(kind, name, data, tmp_path):
     root.mkdir(parents=True)
     path = pack(root / f"set.{kind}", {"pictures/a.jpg": b"a", name.format(tmp_path): data})
     try:
-        download.unpack(path, {"pictures": root / "pictures"})
+        download.unpack(path, {"pictures": root / "pictures"}, root / "scratch")
     except sources.DataError as error:
         assert "\n" not in str(error)
     assert names(tmp_path) + names(tmp_path / "deep") == ["deep", "root"]
-    assert names(root) in (["pictures"], [path.name])
+    assert set(names(root)) <= {"pictures", path.name, "scratch"}
 
 
 @pytest.fixture
@@ -149,7 +242,18 @@ def test_voc_from_an_empty_folder(official, tmp_path, monkeypatch):
         sources.download_dataset("voc", root)
     assert not masks.exists()  # all masks are made or none
     sources.download_dataset("voc", root)  # goes on from what came
-    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12
+    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12 and names(root) == ["VOCdevkit"]
+    (tmp_path / "benchmark.tgz").rename(root / "benchmark.tgz")  # the user's own, packed and unpacked: used, and stay
+    for extra in ([], ["benchmark_RELEASE"]):
+        shutil.rmtree(masks)
+        if extra:
+            with tarfile.open(root / "benchmark.tgz") as archive:
+                archive.extractall(root, filter="data")
+            (root / "benchmark.tgz").write_bytes(b"is not asked")
+        (root / ".download").mkdir()
+        sources.download_dataset("voc", root)
+        assert under(masks) == under(drawn / "SegmentationClassAug") and len(asked) == 4
+        assert names(root) == ["VOCdevkit", "benchmark.tgz", *extra]
 
 
 def test_coco_stuff_from_its_three_archives(official, tmp_path):

@@ -18,6 +18,7 @@ from torchvision.models import mobilenet_v2
 import clip
 import evaluate
 import train
+from sources import check
 
 pytestmark = pytest.mark.slow
 FILES = {"image": "data/images/{}", "mask": "data/masks/{}", "classes": "data/classes.txt", "unseen": "data/unseen.txt",
@@ -27,14 +28,14 @@ LISTS = ("classes", "unseen", "train", "val")
 SEEDS = int(os.environ.get("FUZZ_SEEDS", 40))  # of each kind
 TRICKS = ["../../etc/passwd", "/etc/passwd", "..", ".", "val_00000/../val_00001", "train_00000.png", "~", "val_00000\0",
           "a" * 5000, "$(touch ran)", "{0.__class__}", "%s%n", "\u202egnp.0n", "\ud7ff\U0001f408", "a,b,,", ",",
-          "\x1b[2J", "val_00000\tval_00001", "&lt;", "dog"]
+          "\x1b[2J", "# dog", "1 dog", "x" * 10**6, "\u2028", "val_00000\tval_00001", "&lt;", "dog"]
 JUNK = [None, True, -1, 0, 10 ** 30, float("nan"), "", "x", "../../x", b"x", [], {}, [1, [2]], {"a": 1},
         torch.zeros(2), torch.zeros(0), torch.eye(2).to_sparse(), torch.full((3,), torch.nan),
         torch.zeros(2, dtype=torch.complex64), torch.zeros(1).expand(10 ** 13), torch.zeros(3, device="meta")]
 WORDS = ["", "nan", "inf", "-inf", "-1", "0", "1", "1e-30", "1e30", "2.5", "x", "../../x", "/", "9" * 30, "\u0663"]
 FLAG_NAMES = ["--steps", "--lr", "--crop", "--k-end", "--select", "--sgd-weight", "--sam-weight", "--seed",
               "--workers", "--batch-size", "--save-every", "--frozen-blocks", "--body", "--clip",
-              "--dataset", "--data-root", "--body-weights", "--head", "--device", "--precision"]
+              "--dataset", "--data-root", "--body-weights", "--head", "--head-attention", "--device", "--precision"]
 WRITES = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove")
 PROGRAMS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
 watched = {"inside": None, "seen": []}
@@ -144,6 +145,8 @@ def test_fuzz(kind, seed, own, stopped, tiny_clip_file, tmp_path, monkeypatch): 
         args += ["--dataset", own, "--clip", tiny_clip_file, "--steps", 6, "--resume"]
     elif kind == "checkpoint" or kind in ("image", "mask", *LISTS) and rng.random() < 0.3:
         module, args = evaluate, ["--run", out, "--dataset", data, "--device", "cpu"]
+    elif kind in ("image", "mask", *LISTS) and rng.random() < 0.5:
+        module, args = check, ["--dataset", data, "--picture", out / "check.png"]
     watched.update(inside=str(tmp_path), seen=[])
     signal.alarm(60)
     try:

@@ -1,16 +1,22 @@
 """Official trees and own folders: what is read, the look-up table, the data check, the advice of each error."""
+import contextlib
+import io
 import os
+import re
 import shutil
+import unicodedata
+import zlib
 
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
-from trees import PROTOCOL, draw_tree, own_data, raw_value
+from trees import PROTOCOL, draw_tree, own_data, png, raw_value
 
 import sources
 from losses import IGNORE
 from sources import check as data_check
 from sources import coco_stuff, context, files, voc
+from support import progress
 
 MODULES = {"voc": voc, "coco-stuff": coco_stuff, "context": context}
 
@@ -52,14 +58,15 @@ def test_official_trees(name, trees, tmp_path):
                 assert (k is None) == (value in void)
                 want = IGNORE if k is None or training and k in unseen else source.seen.index(k) if training else k
                 assert (labels.numpy()[raw == value] == want).all()
-    remarks = data_check.check(source, tmp_path / "check.png")
+    remarks, _ = data_check.check(source)
     train, val = MODULES[name].COUNTS
     assert [remark for remark in remarks if "classes are in none" not in remark] == [
         f"warning: 12 training images, the benchmark has {train}: scores not comparable",
         f"warning: 3 test images, the benchmark has {val}: scores not comparable"]
     assert Image.open(tmp_path / "check.png").size[0] == 2 * 192 + 6
     for part, file_list in (("training", source.train), ("test", source.val)):
-        labels = set(data_check.sample(source, file_list, part)[1].unique().tolist())
+        read, _ = data_check.look_at(file_list, part, full=False)
+        labels = set(data_check.sample(source, part, read)[1].unique().tolist())
         assert IGNORE in labels and bool(labels & unseen) == (part == "test")
     assert sources.without_unseen(source) == [file for i, file in enumerate(source.train) if i % 3]  # as drawn
     source.train = source.train[::3]
@@ -84,21 +91,115 @@ def test_each_part_may_lie_in_two_places_and_a_missing_one_shows_the_tree(name, 
         assert len(sources.open_dataset(name, root).train) == 12
 
 
-def test_lists_from_windows_names_with_suffixes_and_masks_of_16_bits(tmp_path):
-    root = own_data(tmp_path / "own", unseen=["dog, puppy"], classes=("café", "dog, puppy", "cat"))
-    (root / "train.txt").write_text(" a.jpg \nb.PNG\n")
-    for name, code in (("classes", "utf-8-sig"), ("train", "utf-8-sig"), ("val", "utf-8"), ("unseen", "utf-16")):
-        text = (root / f"{name}.txt").read_text().replace("\n", "\r\n\r\n")
-        (root / f"{name}.txt").write_bytes(text.encode(code))
+def test_lists_as_people_have_them(tmp_path):
+    """From Windows or a Mac, with suffixes, empty lines and repeats; file names are composed, as macOS unpacks zips."""
+    decomposed = unicodedata.normalize("NFD", "é")
+    root = own_data(tmp_path / "own", unseen=["dog, puppy"], classes=("caf" + decomposed, "dog, puppy", "cat"))
+    for folder, suffix in (("images", "jpg"), ("masks", "png")):
+        (root / f"{folder}/b.{suffix}").rename(root / f"{folder}/{decomposed}.{suffix}")
+    (root / "train.txt").write_text("\n a.jpg \n\né.PNG\na\na.png\n" + decomposed)
+    for name, code, line in (("classes", "utf-8-sig", "\r\n"), ("train", "utf-8-sig", "\r\n"), ("val", "utf-8", "\r"),
+                             ("unseen", "utf-16", "\r\n")):
+        words = (root / f"{name}.txt").read_text()
+        (root / f"{name}.txt").write_bytes(words.replace("\n", line).encode(code))
     source = sources.open_dataset(root)
     assert source.classes == ["café", "dog, puppy", "cat"] and source.unseen == {1}
-    assert [name for name, *_ in source.train] == ["a", "b"] and source.name == str(root)
+    assert [name for name, *_ in source.train] == ["a", "é"] and source.name == str(root)
+    data_check.check(source)
     (root / "unseen.txt").unlink()
     assert sources.open_dataset(root).unseen == set()
-    mask = root / "masks/b.png"
-    before = files.read_values(mask)
-    Image.fromarray(before.astype(np.uint16)).save(mask)
-    assert np.array_equal(files.read_values(mask), before)
+
+
+@pytest.mark.parametrize("words", [
+    "cat\n\ndog", "\ncat\ndog", "# animals\ncat\ndog", "cat\ndog # a puppy", "cat\x85dog\nsky", "cat\u2028dog\nsky",
+    "cat\x0cdog\nsky", "cat\tdog\nsky", "cat\n\ufeffdog", "caf\ufffd\ndog", "cat\ndog".encode("utf-16-le"),
+    "cat\ndog".encode("utf-32"), "café\ndog".encode("latin-1"), "猫\n犬".encode("shift-jis"), "x" * 10**6 + "\ndog",
+    "cat\n" + "a b" * 3 * 10**5, "0 cat\n1 dog", "1: cat\n2: dog", '["cat",\n"dog"]', "'cat'\n'dog'", "cat\n!!!",
+    "{\\rtf1 cat\\\ndog}", "cat, \n,\n", "// animals\ncat\ndog", "cat; puss\ndog", "cat，puss\ndog", "cat\u200b\ndog"])
+def test_lists_that_would_be_read_otherwise_than_meant_are_refused(words, tmp_path):
+    root = own_data(tmp_path / "own")
+    (root / "classes.txt").write_bytes(words if isinstance(words, bytes) else words.encode())
+    with pytest.raises(sources.DataError, match="classes.txt.*UTF-8") as error:
+        sources.open_dataset(root)
+    assert len(str(error.value)) < 400 and len(str(error.value).splitlines()) == 1
+
+
+LABELS, NOTE = np.arange(60).reshape(6, 10), b"long\0" + b"x" * (3 << 20)
+PROFILE = b"icc\0\0" + zlib.compress(bytes(3 << 20))
+MASKS = {"grey of 4 bits": ((LABELS % 16, 4), LABELS % 16), "grey of 2 bits": ((LABELS % 4, 2), LABELS % 4),
+         "8 bits": ((LABELS,), LABELS), "16 bits with small values": ((LABELS, 16), LABELS),
+         "palette of 4 bits": ((LABELS % 16, 4, 3, (b"PLTE", bytes(range(48)))), LABELS % 16),
+         "palette of 1 bit": ((LABELS % 2, 1, 3, (b"PLTE", bytes(6))), LABELS % 2),
+         "a long note": ((LABELS, 8, 0, (b"tEXt", NOTE)), LABELS),
+         "a large profile": ((LABELS, 8, 0, (b"iCCP", PROFILE)), LABELS),
+         "a packed note": ((LABELS, 8, 0, (b"zTXt", b"a\0\0" + zlib.compress(NOTE))), LABELS)}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_are_read_as_they_are_stored_and_a_flipped_bit_is_seen(kind, tmp_path):
+    how, want = MASKS[kind]
+    path, good = tmp_path / "a.png", png(*how)
+    path.write_bytes(good)
+    got = files.read_values(path)
+    assert got.dtype == np.uint8 and np.array_equal(got, want)
+    assert files.read_image(path).shape == (3, 6, 10)
+    for at in [*range(8, 60), *range(len(good) - 40, len(good) - 12)]:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1:])
+        with pytest.raises(sources.DataError, match="cannot read the mask .*a.png .*: expected a whole PNG"):
+            files.read_values(path)
+    path.write_bytes(good[:len(good) // 2])
+    with pytest.raises(sources.DataError, match="a.png"):
+        files.read_values(path)
+
+
+def tiff(values):
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "TIFF")
+    return out.getvalue()
+
+
+RAMP = np.linspace(0, 1, 60).reshape(6, 10)
+DEEP = [  # a picture, and if it is refused: why
+    *((png((RAMP * white).round(), 16), None) for white in (255, 4095, 65535)),
+    (png(np.stack(3 * [RAMP * 65535], 2), 16, 2), None), (tiff((RAMP * 4095).round().astype(np.uint16)), None),
+    (tiff(RAMP.astype(np.float32)), None), (tiff((RAMP * 255).astype(np.float32)), None),
+    (tiff((RAMP * 65535).astype(np.int32)), None),
+    (png(np.stack(3 * [RAMP * 4095], 2), 16, 2), "is black, as its 16 bits hold only values below 4,096"),
+    (tiff(RAMP.astype(np.float32) - 1), "values go from -1 to 0: expected 0 to 1"),
+    (tiff(np.full((6, 10), np.nan, np.float32)), "values go from nan"),
+    (tiff(RAMP.astype(np.float32) * 1.5), "values go from 0 to 1.5")]
+
+
+@pytest.mark.parametrize("stored, refused", DEEP)
+def test_pictures_of_other_depths_are_as_bright_as_they_are_meant(stored, refused, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(stored)
+    with pytest.raises(sources.DataError, match=f"a.png .*{refused}") if refused else contextlib.nullcontext():
+        assert np.abs(files.read_image(path).numpy() - 255 * RAMP).max() <= 1
+
+
+def test_pillow_before_10_1(monkeypatch, tmp_path):
+    monkeypatch.delattr(Image.Image, "has_transparency_data", raising=False)
+    for mode, colour, how, mean in (("RGBA", (9, 9, 9, 0), {}, 255), ("RGB", (1, 2, 3), {}, 2),
+                                    ("L", 7, {"transparency": 7}, 255)):
+        Image.new(mode, (9, 8), colour).save(tmp_path / "a.png", **how)
+        assert files.read_image(tmp_path / "a.png").float().mean() == mean
+
+
+def test_own_pictures_that_exif_turns_are_refused_and_the_benchmarks_are_read_as_stored(tmp_path, trees):
+    own, voc_root, exif = own_data(tmp_path / "own"), shutil.copytree(trees["voc"], tmp_path / "voc"), Image.Exif()
+    for name, root, folder in ((str(own), own, "images"), ("voc", voc_root, "JPEGImages")):
+        path = min((root / folder).iterdir())
+        before = files.read_image(path)
+        for note in (1, 3):
+            exif[0x112] = note
+            Image.open(path).save(path, quality=100, subsampling=0, exif=exif)
+            source = sources.open_dataset(name, root)
+            refused = pytest.raises(sources.DataError, match="a.jpg is turned by its EXIF note")
+            with refused if note == 3 and name != "voc" else contextlib.nullcontext():
+                image = files.read_pair(source.train[0], source.table(True), 3)[1]
+                assert (image.float() - before.float()).abs().mean() < 3
+                data_check.check(source)
 
 
 def test_programs_pipes_and_folders_among_the_data(tmp_path, monkeypatch):
@@ -113,8 +214,9 @@ def test_programs_pipes_and_folders_among_the_data(tmp_path, monkeypatch):
     (tmp_path / "c.png").mkdir()
     (tmp_path / "._d.png").write_bytes(b"of macOS")
     assert list(files.list_files(tmp_path, (".png",))) == ["a"] and not started
-    with pytest.raises(sources.DataError, match="no file .*b.png"):
-        files.read_lines(tmp_path / "b.png")
+    for read in (files.read_lines, files.read_image, files.read_values):
+        with pytest.raises(sources.DataError, match="no .*file.*b.png|b.png .there is no such file"):
+            read(tmp_path / "b.png")
 
 
 def text(name, words):
@@ -143,8 +245,15 @@ BROKEN = [
     ("own", remove("val.txt"), "no file .*val.txt: expected a text file"),
     ("own", text("train.txt", "\n"), "train.txt is empty"),
     ("own", text("classes.txt", "café\n"), "classes.txt as UTF-8 text: save it again with the encoding UTF-8"),
-    ("own", text("train.txt", "../images/a\nb\n"), "names '../images/a', but .*images holds no such image: .*without"),
-    ("own", remove(B), "names 'b', but .*masks holds no such mask: .*each needs an image and a mask"),
+    ("own", text("train.txt", "../images/a\nb\n"), "names '../images/a', but .*: write it as 'a', without"),
+    ("own", remove(B), "names 'b', but .*masks holds no such mask: .*expected names like 'a', each with an"),
+    ("own", lambda r: [p.rename(p.with_stem(f"{p.stem}_mask")) for p in r.glob("masks/*")],
+     "names 'a' .and 1 more., but .*masks holds no such mask: found a_mask.png, expected a.png"),
+    ("own", lambda r: (r / "images/b.jpg").rename(r / "images/b.heic"), "no such image: found b.heic, expected b.jpg"),
+    ("own", lambda r: ((r / "images/x").mkdir(), (r / "images/b.jpg").rename(r / "images/x/b.jpg")),
+     "no such image: found x/b.jpg, expected b.jpg"),
+    ("own", lambda r: (r / "images").rename(r / "x") and shutil.copytree(r / "x", r / "images/x"),
+     "no .jpg or .jpeg or .png file in .*images itself: it holds x"),
     ("own", lambda r: [p.rename(p.with_suffix(".jpg")) for p in r.glob("masks/*")], "holds a.jpg; masks must be PNG"),
     ("own", lambda r: shutil.copy(r / "masks/a.png", r / "images/a.png"), "holds a.jpg and a.png: keep one"),
     ("own", text("unseen.txt", "Cat\n"), "'Cat', which is not a line of classes.txt: copy the whole line"),
@@ -152,26 +261,33 @@ BROKEN = [
     ("own", text("classes.txt", "a\nb\na\n"), "names 'a' twice: give the second another name"),
     ("own", text("classes.txt", "a b, Cat\nsky\ndog, cat\n"), "'a b, Cat' and 'dog, cat' share the name 'cat'"),
     ("own", text("classes.txt", "potted_plant\nsky\npotted plant\n"), "'potted_plant' and 'potted plant' share"),
-    ("own", text("classes.txt", "cat\n, \nsky\n"), "the class ',' has no name: give it a word"),
-    ("own", text("classes.txt", "\n".join(map(str, range(255)))), "255 lines, expected .* 254 at most"),
+    ("own", text("classes.txt", "\n".join(f"class{k}" for k in range(255))), "255 lines, expected .* 254 at most"),
     ("own", masks(B, lambda m: Image.fromarray(m.astype(np.uint16) * 257)), "16 bits and holds the value 65535"),
     ("own", masks(B, lambda m: np.stack([m, m * 3, m], -1)), "is RGB, .*write each colour's class"),
     ("own", masks(B, lambda m: np.stack([m, m, m], -1)), r"channels are equal, so .*getchannel\(0\)"),
     ("own", masks(B, lambda m: Image.fromarray(m > 0)), "b.png has 1 bit a pixel, .*save it with 8 bits"),
-    ("own", masks(B, lambda m: m * 0 + 77), "the value 77, which none of the 3 .*0 to 2, and 255"),
+    ("own", text("train.txt", "x" * 900 + "\nb\n"), r"names 'x{60}…', but"),
+    ("own", text("classes.txt", "\n".join("abc") + " very long" * 80), "too long for CLIP: .*77"),
+    ("own", masks(B, lambda m: m * 0 + 77), "1 of 2 training masks .*b.png, hold 77, .*number of its line"),
+    ("own", masks("masks/*", lambda m: np.where(m, 255, 0)), "hold 0 and 255 alone, .*: write 1 for the object"),
+    ("own", lambda r: Image.open(r / B).convert("L").save(r / B, "JPEG"), "b.png .it is JPEG.: expected a whole PNG"),
+    ("own", text("images/b.jpg", "\0\0\0\x18ftypheic"), "b.jpg .it is HEIC or AVIF.: expected an intact file"),
+    ("own", text("images/b.jpg", "<html>"), "b.jpg .it starts with b'<html>'"),
+    ("own", text(B, ""), "b.png .it is empty"),
     ("own", masks(B, lambda m: m[1:]), "70×80 pixels, its mask .* is 69×80, .*: scale the mask to"),
     ("own", masks(B, lambda m: m.T), "its mask .* is 80×70, .*EXIF"),
     ("own", text("images/b.jpg", "ÿØÿ"), "cannot read the image .*b.jpg .*replace it or leave it out"),
     ("own", text(B, "no png"), "cannot read the mask .*b.png .*expected a whole PNG"),
     ("own", masks("masks/*", lambda m: m * 0 + 255), "no training mask of .* has a pixel of a seen class"),
     ("own", masks("masks/*", raised), "hold 3, but the 3 lines of classes.txt are 0 sky … 2 cat: lower all by one"),
-    ("own", masks("masks/*", lambda m: np.where(m == 2, 3, m)), "hold 3, but .*: if 0 is background, make it 255"),
+    ("own", masks("masks/*", lambda m: np.where(m == 2, 3, m)), r"hold 3, but .*: write each .* .values here: 0, 1, 3"),
+    ("own", masks("masks/*", lambda m: np.where(m == 255, 0, m + 1)), "hold 3, .*: if 0 is background, make it 255"),
     ("voc", masks(AUG, lambda m: m - np.uint8(1)), "the training masks of voc hold more 255.*lowered"),
     ("voc", masks(AUG, raised), r"never hold 0, they look raised by one.*1 aeroplane"),
-    ("voc", masks("*Aug/2007_000000.png", lambda m: m * 0 + 21), "the value 21, which none of the 20 .*: expected 0"),
+    ("voc", masks("*Aug/2007_000000.png", lambda m: m * 0 + 21), "1 of 12 training masks .* hold 21: expected 0"),
     ("coco-stuff", remove("stuffthingmaps/train2017/2007_000003.png"), "'2007_000003', but .*such mask"),
-    ("coco-stuff", masks("*/train2017/*.png", lambda m: np.where(m == 0, 11, m)), "training masks .* hold 11, an id"),
-    ("coco-stuff", masks("*/val2017/*.png", raised), "test masks .* hold 182, an id .*trainval2017.zip"),
+    ("coco-stuff", masks("*/train2017/*.png", lambda m: np.where(m == 0, 11, m)), "training .* hold 11, ids that"),
+    ("coco-stuff", masks("*/val2017/*.png", raised), "test masks .* hold 182, ids that .*trainval2017.zip"),
 ]
 
 
@@ -184,6 +300,30 @@ def test_broken_data_gives_one_line_that_says_what_to_do(name, spoil, message, t
     assert "\n" not in str(error.value)
 
 
+def test_the_whole_check_reads_every_file_and_names_each_kind_of_fault(tmp_path, capsys, monkeypatch):
+    """One value too many in one of 230 masks, as in ADE20K's 0 to 150: a quick look at 100 sees nothing."""
+    root, labels = own_data(tmp_path / "own", classes=[f"class{k}" for k in range(5)]), np.arange(36).reshape(6, 6) % 5
+    monkeypatch.setattr(progress, "EVERY", 0)
+    for stem in (stems := [f"{i:03d}" for i in range(230)]):
+        Image.new("RGB", (6, 6)).save(root / f"images/{stem}.jpg")
+        (root / f"masks/{stem}.png").write_bytes(png(labels))
+    (root / "train.txt").write_text("\n".join(stems))
+    args = data_check.parse(["--dataset", str(root), "--picture", str(tmp_path / "check.png")])
+    data_check.main(args)
+    assert re.search(r"training images: \d+ of 230 read, 0:00:\d\d left\n(.*\n)*no error", capsys.readouterr().out)
+    (root / "masks/001.png").write_bytes(png(np.where(labels, labels, 5)))
+    assert f"looked at 100 images of each part at most: `python data.py --dataset {root}`" in data_check.check(
+        sources.open_dataset(root))[0][-1]
+    (root / "masks/002.png").write_bytes(png(labels)[:-30])
+    for stem in ("004", "005", "007", "008"):
+        (root / f"images/{stem}.jpg").write_bytes(b"x")
+    with pytest.raises(sources.DataError, match="own: 3 kinds of faults, each named above"):
+        data_check.main(args)
+    assert re.search("1 of 225 training masks .*001.png, hold 5, .*0 class0 … 4 class4: if 0 is background.*\n"
+                     "cannot read the mask .*002.png .*\ncannot read the image .*004.jpg .*"
+                     "4 files have this fault, 005, 007, … too", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("name", ["toy", "context"])
 def test_data_sets_without_a_download_say_so(name, tmp_path):
     with pytest.raises(sources.DataError, match=f"for voc and coco-stuff, not for {name}: .*/data.md"):
@@ -193,7 +333,7 @@ def test_data_sets_without_a_download_say_so(name, tmp_path):
 def test_remarks_of_the_data_check(tmp_path):
     root = own_data(tmp_path / "named", (0, 1), ("background", "dog", "cat"))
     (root / "val.txt").write_text("b\n")
-    remarks = data_check.check(sources.open_dataset(root))
+    remarks, _ = data_check.check(sources.open_dataset(root))
     assert "'background' is a class, but CLIP cannot know" in remarks[0] and "such as b.jpg" in remarks[1]
     assert "1 of 3 seen classes are in none of the 2 training masks looked at (of 2): cat" in remarks[2]
 

@@ -68,6 +68,19 @@ def draw_tree(name, root, train=12, val=3, sides=(60, 90)):
     return root
 
 
+def png(values, depth=8, colour=0, *chunks):
+    """Values (H, W) or (H, W, channels) as a PNG of these bits a channel; more chunks (type, data) after its header."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    H, W = values.shape[:2]
+    bits = np.unpackbits(values.reshape(H, -1, 1).astype(">u2").view(np.uint8), axis=2)[..., 16 - depth:]
+    rows = np.packbits(bits.reshape(H, -1), axis=1)
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in (
+        (b"IHDR", struct.pack(">2I5B", W, H, depth, colour, 0, 0, 0)), *chunks, (b"IDAT", packed), (b"IEND", b"")))
+
+
 def own_data(root, values=(0, 1, 2), classes=("sky", "dog", "cat"), unseen=()):
     """A folder of own data: images a, b to train on, c to test."""
     for name in ("a", "b", "c"):
@@ -134,7 +147,7 @@ def mat(mask, order="<", compressed=True):
 @contextlib.contextmanager
 def serve(files):
     """{path: bytes} -> address, list of (path, Range) asked for. (bytes, n) instead of bytes: sent from the start
-    whatever the Range, and the connection ends after n of them."""
+    whatever the Range, and the connection ends after n of them. [bytes]: the whole answer, headers included."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -142,11 +155,15 @@ def serve(files):
             asked.append((self.path, self.headers["Range"]))
             if not (data := files.get(self.path)):
                 return self.send_error(404)
+            if isinstance(data, list):
+                return self.wfile.write(data[0])
             ranges = isinstance(data, bytes)
             data, last = (data, None) if ranges else data
             first = int(self.headers["Range"][6:-1]) if ranges and self.headers["Range"] else 0
             self.send_response(206 if first else 200)
             self.send_header("Content-Length", str(len(data) - first))
+            if first:
+                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             self.end_headers()
             self.wfile.write(data[first:last])
 
