@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from support.processes import rank, world_size
 
 IGNORE = 255
-TAU_G = 0.07  # τ_g. LINE: the group's earlier InfoNCE
+TAU_G = 0.07  # τ_g, of whole images and prototypes. LINE: the group's earlier InfoNCE; OURS: SAM's too
 BANK = 256  # M, earlier CLS embeddings kept as negatives. LINE: a bank; OURS: its size
 HELD = {"cuda": 2**26}  # upsampled logits held at a time; elsewhere 2^21
 
@@ -136,10 +136,10 @@ def push(bank, c):
 # ---------------------------------------------------------------- Semantic Alignment Module: L_sam
 
 
-def sam_loss(z, t, labels, tau):
+def sam_loss(z, t, labels):
     """L_sam: class prototypes are aligned with text. FACT: dense features are aligned with text; LINE: by prototypes
 
-    r_bk = normalise(mean of z_i over the pixels of class k in image b),  cross-entropy of r_bk · t / τ against k.  OURS
+    r_bk = normalise(mean of z_i over the pixels of class k in image b),  cross-entropy of r_bk · t / τ_g with k.  OURS
     Labels (B, H, W) are read at the features' grid by nearest neighbour -> scalar"""
     z, t = fp32(z), fp32(t)
     classes = torch.arange(len(t), device=z.device)
@@ -147,6 +147,6 @@ def sam_loss(z, t, labels, tau):
     own = labels[:, :, None] == classes  # (B, N, K), is position i of class k?
     r = F.normalize(torch.einsum("bdn,bnk->bkd", z.flatten(2), own.to(z.dtype)), dim=2)  # (B, K, D), 0 where absent
     present = own.any(1)  # (B, K)
-    logits = r @ t.T / tau  # (B, K, K)
+    logits = r @ t.T / TAU_G  # (B, K, K)
     loss = F.cross_entropy(logits.flatten(0, 1), classes.repeat(len(z)), reduction="none").view_as(present)  # (B, K)
     return global_mean((loss * present).sum(), present.sum())

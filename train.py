@@ -148,7 +148,7 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
             loss_sgd = losses.sgd_loss(z, c, a, k, inside, bank)
             bank = losses.push(bank, c)
         if args.sam_weight:
-            loss_sam = losses.sam_loss(z, t, labels, tau)
+            loss_sam = losses.sam_loss(z, t, labels)
         loss = loss_seg + args.sgd_weight * loss_sgd + args.sam_weight * loss_sam
 
         optimizer.zero_grad()

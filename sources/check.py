@@ -53,7 +53,8 @@ def check(source, full=False):
             raise DataError(faults[0])
         samples.append(faults or sample(source, part, read))
     if not full and max(len(source.train), len(source.val)) > QUICK:
-        remarks.append(f"looked at {QUICK} images of each part at most: `python data.py --dataset {source.name}` reads all")
+        remarks.append(f"looked at {QUICK} images of each part at most: `python data.py --dataset {source.name}` reads "
+                       "all")
     if faults:
         print(*remarks, *faults, sep="\n", flush=True)
         raise DataError(f"{source.name}: {len(faults)} kinds of faults, each named above")

@@ -116,7 +116,7 @@ def test_the_weights_are_those_of_a_loop_by_hand(run, root, tiny_clip_file):
         a = losses.at_positions(losses.teacher_similarity(c, d), inside)
         k = losses.k_at(step, 8, inside, 0.1)
         loss = losses.seg_loss(z, t, labels, model.tau) + losses.sgd_loss(z, c, a, k, inside, bank) + \
-            0.3 * losses.sam_loss(z, t, labels, model.tau)
+            0.3 * losses.sam_loss(z, t, labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)

@@ -26,7 +26,7 @@ def world(B=3, D=6, K=4, h=3, w=5, size=(12, 20)):
 
 def every(z, t, c, a, labels, k, inside, bank):
     return {"seg": losses.seg_loss(z, t, labels, 0.5), "sgd": losses.sgd_loss(z, c, a, k, inside, bank),
-            "sam": losses.sam_loss(z, t, labels, 0.5)}
+            "sam": losses.sam_loss(z, t, labels)}
 
 
 def by_hand(z, t, c, a, labels, k, inside, bank):
@@ -41,7 +41,7 @@ def by_hand(z, t, c, a, labels, k, inside, bank):
         for j in range(len(t)):
             if places := (labels[b, rows][:, columns] == j).nonzero().tolist():
                 r = normalize(sum(z[b, :, y, x] for y, x in places), dim=0)
-                sam.append(-torch.stack([r @ t_j / 0.5 for t_j in t]).log_softmax(0)[j])
+                sam.append(-torch.stack([r @ t_j / 0.07 for t_j in t]).log_softmax(0)[j])
     return {"seg": F.cross_entropy(logits, labels, ignore_index=IGNORE), "sgd": sum(sgd) / len(sgd),
             "sam": sum(sam) / len(sam)}
 
@@ -95,8 +95,8 @@ def test_the_teachers_grid_lies_on_the_image_without_its_padding():
 def test_without_a_label_there_is_no_loss_and_no_gradient():
     z, t, _, _, labels, *_ = world()
     z.requires_grad_()
-    for loss in (losses.seg_loss, losses.sam_loss):
-        value = loss(z, t, torch.full_like(labels, IGNORE), 0.07)
+    for loss, *tau in ((losses.seg_loss, 0.07), (losses.sam_loss,)):
+        value = loss(z, t, torch.full_like(labels, IGNORE), *tau)
         assert value.item() == 0 and torch.autograd.grad(value, z)[0].abs().max() == 0
 
 
