@@ -65,7 +65,7 @@ def test_padding_is_told_from_what_is_hidden():
     labels = torch.full((2, 40, 40), data.PADDING, dtype=torch.uint8)
     labels[0, :30, :22], labels[0, :10, :22], labels[1] = 7, IGNORE, IGNORE
     told, inside = data.split_padding(labels, (10, 10))
-    want = [[4 * i + 2 < 30 and 4 * j + 2 < 22 for i in range(10) for j in range(10)], [True] * 100]
+    want = [[[4 * i + 2 < 30 and 4 * j + 2 < 22 for j in range(10)] for i in range(10)], [[True] * 10] * 10]
     assert inside.tolist() == want  # of the second nothing is learned, but all of it is picture
     assert told[0].unique().tolist() == [7, 255] and (told[0] == 7).sum() == 20 * 22
 
