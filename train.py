@@ -59,7 +59,8 @@ SETTINGS = (  # name, default, type or choices, part, help, least and largest va
     Setting("frozen_blocks", 1, int, "model", "CLIP blocks in the head; the adapter starts at what they get in CLIP"),
     Setting("clip", RECIPE, str, "method", f"{', '.join(clip.MODELS)}, a file or a folder", may_change=True),
     Setting("sgd_weight", 1.0, float, "method", "λ_sgd; 0: no SGD, the teacher does not run", (0, 1e6)),
-    Setting("select", "teacher", ("teacher", "student"), "method", "whose dense features choose SGD's positions"),
+    Setting("select", "teacher", ("teacher", "student"), "method", "whose dense features choose SGD's positions: "
+            "teacher (CLIP's patches) or student (a control)"),
     Setting("k_end", 0.1, float, "method", "share of the positions that SGD selects at the end; 1: always all", (0, 1)),
     Setting("sam_weight", 0.3, float, "method", "λ_sam; 0: no SAM", (0, 1e6)),
     Setting("steps", RECIPE, int, "run", "optimiser steps; warm-up scales with them", (1, 10**8)),
