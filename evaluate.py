@@ -9,7 +9,6 @@ Prints a line per class; writes metrics.json and preview.png. hIoU = 2su / (s + 
 import argparse
 import dataclasses
 import json
-import math
 from itertools import islice
 from pathlib import Path
 
@@ -73,8 +72,8 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
                  classes only: a far easier task, not comparable with the joint scores
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
-    if gamma is not None and not math.isfinite(gamma):
-        raise UserError(f"--gamma {gamma}: expected a finite number")
+    if gamma is not None and not abs(gamma) <= UNSEEN_ALONE:  # NaN neither
+        raise UserError(f"--gamma {gamma}: expected a number up to {UNSEEN_ALONE:g}")
     K, size = len(source.classes), test_size(source)
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
     gammas = {"gamma_0": 0.0, **({} if gamma is None else {"calibrated": gamma}),
@@ -183,8 +182,9 @@ def load_run(checkpoint, device, clip_file=None):
     config = saved["config"] | {"step": saved["step"]}
     try:
         texts = [*config["classes"], *config["templates"]]
-        if not all(isinstance(text, str) and text.strip(" ,_") for text in texts) or min(config["test"].values()) < 1:
-            raise ValueError("a class or a template without a word, or a test size below 1")
+        if not all(isinstance(text, str) and text.strip(" ,_") for text in texts) or min(config["test"].values()) < 1 \
+                or not all("{}" in text for text in config["templates"]):
+            raise ValueError("a class without a word, a prompt without {}, or a test size below 1")
         clip_model = clip.load(clip_file or config["clip"])
         if clip.fingerprint(clip_model) != config["clip_hash"]:
             raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
@@ -235,7 +235,8 @@ def unfinished(config):
 
 def main(args):
     device = processes.start(args.device)
-    checkpoint = args.checkpoint or (args.run / "last.pt" if args.run else processes.from_first(newest_run))
+    checkpoint = args.checkpoint or args.run or processes.from_first(newest_run)
+    checkpoint = checkpoint / "last.pt" if checkpoint.is_dir() else checkpoint
     model, config = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
@@ -261,9 +262,10 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("what is tested").add_argument
-    group("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
-    group("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
+    tested = parser.add_argument_group("what is tested")
+    group, one = tested.add_argument, tested.add_mutually_exclusive_group().add_argument
+    one("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
+    one("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
     group("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
     group("--dataset", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: the run's own)")
     group("--data-root", metavar="FOLDER", help="its folder (default: as in training, or data/NAME)")

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from evaluate import load_run, open_run_dataset, trained_on, unfinished
+from evaluate import UNSEEN_ALONE, load_run, open_run_dataset, trained_on, unfinished
 from losses import IGNORE
 from sources import INVALID, DataError
 from sources.files import read_image, rgb
@@ -53,8 +53,8 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
     short_side  pixels, to which the image is resized; as in the run's test by default
     precision   bf16, fp16 or fp32; by default bf16 where it is faster
     Raises UserError: DataError, ModelError, CLIPError, CheckpointError."""
-    if not -1 <= threshold <= 1 or not math.isfinite(gamma):
-        raise UserError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a finite number")
+    if not -1 <= threshold <= 1 or not abs(gamma) <= UNSEEN_ALONE:  # NaN neither
+        raise UserError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a number up to 1e9")
     picture = as_tensor(image)
     device = processes.start(device)
     model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
@@ -70,6 +70,8 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
 def as_tensor(image):
     """What `segment` takes -> uint8 (3, H, W). Raises DataError."""
     if isinstance(image, (str, os.PathLike)):
+        if os.path.exists(image) and not os.path.isfile(image):  # a pipe would be waited for
+            raise DataError(f"{image} is no file: expected an image")
         return read_image(image, upright=True)
     shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
     if isinstance(image, np.ndarray) and kind == "uint8" and all(shape) and (len(shape) == 2 or shape[2:] == (3,)):
@@ -85,8 +87,8 @@ def as_tensor(image):
 def split(classes):
     """"cat, sofa|couch" or ["cat", "sofa|couch"] -> ["cat", "sofa,couch"], as classes.txt writes them."""
     parts = re.split("[,，、]", classes) if isinstance(classes, str) else classes
-    names = [",".join(word.strip() for word in re.split("[|｜]", part) if word.strip(" ,_")) for part in parts]
-    names = [name for name in names if name]
+    words = [[" ".join(word.split()) for word in re.split("[|｜]", part) if word.strip(" ,_")] for part in parts]
+    names = [",".join(some) for some in words if some]
     firsts = [name.split(",")[0] for name in names]
     if not 0 < len(set(firsts)) == len(names) < INVALID:
         raise UserError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
@@ -134,7 +136,7 @@ def find(paths):
         files += inside
     if paths and not files:
         raise DataError(f"no image in {', '.join(map(str, paths[:3]))}: {EXPECTED}")
-    return files
+    return list(dict.fromkeys(files))  # each once
 
 
 def free_stem(out, stem, taken):
@@ -166,12 +168,13 @@ def main(args):
         image, words = source.demo if source.demo and source.demo[0].is_file() else (source.val[0][1], None)
         files, args.classes = [Path(image)], args.classes or words
         print(f"no image given: using one of {source.name}")
+    out.mkdir(parents=True, exist_ok=True)
     skipped, taken = 0, set()
     for file in files:
         try:
             if pictures.ours(file):
                 raise DataError(f"{file} was written by this project: expected a picture")
-            image = read_image(file, upright=True)
+            image = as_tensor(file)
             labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma,
                                     args.device, args.clip, args.short_side, args.precision)
             if len(names) == 1 and not (args.other or taken) and args.threshold == -1:
@@ -181,7 +184,7 @@ def main(args):
             taken.add(stem.casefold())
             share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
         except (DataError, OSError) as error:  # a wrong run or wrong classes are no DataError
-            reason = error if isinstance(error, DataError) else f"{file} ({error.strerror})"
+            reason = error if isinstance(error, DataError) else f"{file}: {error.strerror}"
             print(f"skipped: {reason}", file=sys.stderr, flush=True)
             skipped += 1
             continue

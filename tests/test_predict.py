@@ -20,6 +20,7 @@ from bodies import ModelError
 from sources import DataError
 from sources.files import read_image
 from support import UserError, pictures, processes, windows
+from support.checkpoint import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +73,14 @@ def test_every_kind_of_file_is_read_as_what_it_shows(tmp_path):
         assert got.shape == (60, 100, 3) and abs(got - np.asarray(shown)).mean() <= tolerance, name
 
 
-def test_it_is_the_prediction_of_evaluate(run, photo, tmp_path):
+def test_it_is_the_prediction_of_evaluate(run, photo, tmp_path, monkeypatch):
     """By default at the run's test size, whatever the picture's; γ is taken off what the run trained on."""
-    assert run_inside(evaluate, "--run", run, "--save-predictions", tmp_path, "--out-dir", tmp_path)[0] == 0
+    monkeypatch.setattr(evaluate, "EVERY", -1)
+    flags = "--run", run, "--save-predictions", tmp_path, "--out-dir", tmp_path, "--device", "cpu"
+    status, words, _ = run_inside(evaluate, *flags)
+    assert status == 0 and words.startswith("test    1 of 1 images, 0:00:00 left\n")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["device"] == "cpu" and found["torch"] == torch.__version__ and len(found["commit"] or 40 * ".") > 39
     theirs = torch.from_numpy(np.array(Image.open(tmp_path / "c.png")))
     ours, names = predict.segment(str(photo), run=run, device="cpu")
     assert torch.equal(ours, theirs) and names == ["tv monitor", "sofa", "brick wall"]
@@ -102,6 +108,10 @@ def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(r
     assert torch.equal(moved, predict.segment(photo, run=run, device="cpu")[0])
     with pytest.raises(ModelError, match="other.pt is not the CLIP that .* was trained with"):
         predict.segment(photo, run=tmp_path, device="cpu", clip_file=other)
+    saved["config"]["classes"][1] = ","
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="a class without a word"):
+        predict.segment(photo, "cat", run=tmp_path / "last.pt", device="cpu", clip_file=elsewhere)
 
 
 def test_other_words_do_not_load_the_run_again_but_a_newer_checkpoint_does(run, photo, monkeypatch):
@@ -198,7 +208,7 @@ def test_nothing_of_the_users_is_labelled_twice_or_lost(run, photo, tmp_path):
     for _ in range(2):
         status, words, end = run_inside(predict, tmp_path, "--out-dir", tmp_path, "--run", run, "--device", "cpu",
                                         "--classes", "cat")
-        assert status == 1 and end == f"error: 1 of {len(names)} images skipped" and "(File name too long)" in words
+        assert status == 1 and end == f"error: 1 of {len(names)} images skipped" and ".jpg: File name too long" in words
         assert words.count("here cat, as no other is named: --other adds one") == 1
         assert {path.name for path in tmp_path.iterdir()} == want
         assert "labelling tool" in (tmp_path / "a.json").read_text()
