@@ -35,7 +35,7 @@ from experiments.dense_clip import DenseCLIP
 from experiments.study import ROOT, product
 from sources import open_dataset
 from support import processes, windows
-from support.checkpoint import atomic
+from support.checkpoint import write_json
 from support.command import run_command
 
 VIT_B16 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16,
@@ -118,13 +118,13 @@ def peak_mb(device, others=0):
 def drawn(folder, classes):
     """Own data: 64 times one drawn 640×480 image, a JPEG and a PNG mask. No class is unseen."""
     rng = np.random.RandomState(0)
-    for part, suffix, values, how in (("images", ".jpg", rng.randint(256, size=(15, 20, 3)), Image.BICUBIC),
-                                      ("masks", ".png", rng.randint(classes, size=(12, 16)), Image.NEAREST)):
-        (folder / part).mkdir(parents=True)
-        Image.fromarray(values.astype(np.uint8)).resize((640, 480), how).save(folder / part / f"drawn{suffix}")
-    lists = {"train": ["drawn"] * 64, "val": ["drawn"], "classes": [f"class {k}" for k in range(classes)]}
-    for name, lines in lists.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines))
+    image, mask = rng.randint(256, size=(15, 20, 3)), rng.randint(classes, size=(12, 16))
+    for values, how, file in ((image, Image.BICUBIC, "images/drawn.jpg"), (mask, Image.NEAREST, "masks/drawn.png")):
+        (folder / file).parent.mkdir(parents=True)
+        Image.fromarray(values.astype(np.uint8)).resize((640, 480), how).save(folder / file)
+    (folder / "train.txt").write_text("drawn\n" * 64)
+    (folder / "val.txt").write_text("drawn\n")
+    (folder / "classes.txt").write_text("".join(f"class {k}\n" for k in range(classes)))
     return str(folder)
 
 
@@ -192,14 +192,12 @@ def main(args):
         for name in args.bodies:
             flags = [*numbers, "--dataset", root, "--clip", file, "--body", name, "--out-dir", f"{folder}/{name}"]
             result["train"][name] = training(flags, args, device)
-    text = json.dumps(result, indent=1)
-    atomic(args.out, lambda path: path.write_text(text + "\n"))
-    print(f"{text}\nwrote {args.out}")
+    write_json(args.out, result)
+    print(f"{json.dumps(result, indent=1)}\nwrote {args.out}")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument
     group("--bodies", nargs="+", choices=bodies.BODIES, default=["mobilenet-v2", "resnet50", "segnext-b"],
           metavar="BODY", help=f"of {', '.join(bodies.BODIES)} (default: three of them)")

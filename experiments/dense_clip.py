@@ -5,7 +5,6 @@
     python -m experiments.dense_clip --dataset voc       # ViT-B/16. Sizes, windows and scores are evaluate.py's
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch.nn as nn
@@ -17,7 +16,6 @@ import sources
 from losses import pixel_text_logits
 from model import text_embeddings
 from support import processes
-from support.checkpoint import atomic
 from support.command import run_command
 
 
@@ -42,14 +40,11 @@ def main(args):
     net = DenseCLIP(clip_model, args.attention)
     net.t = text_embeddings(clip_model, source.classes, source.templates)
     result = evaluate.evaluate(net, source, device, "fp32") | {"precision": "fp32"}
-    text = json.dumps(result, indent=1) + "\n"
-    atomic(args.out_dir / "metrics.json", lambda path: path.write_text(text))
-    print(f"{evaluate.table(result, source)}\nwrote {args.out_dir}/metrics.json")
+    evaluate.report(result, net, source, device, "fp32", args.out_dir)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(usage="python -m experiments.dense_clip [flags]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="toy", help=f"{', '.join(sources.NAMES)} or a folder (default: toy)")
     parser.add_argument("--data-root", help="its folder (default: data/NAME)")
     parser.add_argument("--attention", choices=("clip", "values"), default="values", help="(default: values)")

@@ -60,19 +60,18 @@ def selection(teacher, files, table, size, steps, k_end):
     """Training images, a row each: image, truth, and the teacher's a with its k(t) positions outlined at the first, the
     middle and the last step. table: DataSource's; size (h, w): the student's positions."""
     rows, inside = [], torch.ones(1, *size, dtype=torch.bool)  # no padding in a whole image
-    moments = (0, steps // 2, steps - 1)
-    ks = [losses.k_at(step, steps, inside, k_end) for step in moments]  # each (1,)
+    ks = {step: losses.k_at(step, steps, inside, k_end) for step in (0, steps // 2, steps - 1)}  # each (1,)
     for file in files:
         _, image, labels = read_pair(file, table, len(table))
         c, d = (F.normalize(x, dim=-1) for x in teacher.visual.cls_and_patches(image[None] / 255))
         a = losses.at_positions(losses.teacher_similarity(c, d), inside)  # (1, N)
         row = [pictures.as_image(image), pictures.as_image(pictures.coloured(labels))]
-        for k in ks:
+        for k in ks.values():
             row.append(heat(a.view(size), a.min(), a.max()))
             outline(row[-1], losses.select(a, k, inside).view(size) > 0)
         rows.append(row)
-    shown = [f"step {step}: {int(k)} of {inside[0].numel()}" for step, k in zip(moments, ks)]
-    return grid(rows, ["training image", "truth", *shown])
+    return grid(rows, ["training image", "truth",
+                       *(f"step {step}: {int(k)} of {inside.numel()}" for step, k in ks.items())])
 
 
 @torch.no_grad()
@@ -95,16 +94,14 @@ def main(args):
     source, teacher = open_run_dataset(config), clip.load(config["clip"])
     size = model(torch.zeros(1, 3, config["crop"], config["crop"])).shape[2:]
     files, table = [source.train[i] for i in IMAGES], source.table(training=False)
-    chosen = selection(teacher, files, table, size, config["steps"], config["k_end"])
-    pictures.save(chosen, ASSETS / "selection.png")
+    pictures.save(selection(teacher, files, table, size, config["steps"], config["k_end"]), ASSETS / "selection.png")
     pictures.save(words(model, scene(WORDS_SEED, *WORDS), WORDS, config["templates"]), ASSETS / "words.png")
     shutil.copy(run / "preview.png", ASSETS / "preview.png")
     print(f"wrote preview.png, selection.png and words.png into {ASSETS}")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="(default: the newest)")
     return parser.parse_args(argv)
 

@@ -77,11 +77,11 @@ def product():
 
 def draw(seed, row):
     """Folder of world `seed`, with the row's change of its lists. It is drawn where it is missing."""
-    root, first = DATA / (f"toy-{seed}" if seed else "toy"), world.draw(np.random.RandomState(seed))[0]
+    root = DATA / (f"toy-{seed}" if seed else "toy")
     if not root.exists():
         world.write(root, seed)
-    if read_lines(root / "unseen.txt") != world.unseen(seed) or not np.array_equal(
-            Image.open(root / "images/train_00000.png"), first):
+    first, there = world.draw(np.random.RandomState(seed))[0], Image.open(root / "images/train_00000.png")
+    if read_lines(root / "unseen.txt") != world.unseen(seed) or not np.array_equal(first, there):
         raise UserError(f"{root} is not world {seed} as it is drawn now: delete it")
     if not (change := re.search(r"images=(\d+)|^all-seen", row)):
         return root
@@ -157,14 +157,11 @@ def table(lines, rows):
     for row in rows:
         if found := [line for line in lines if line["row"] == row]:
             what, command = ROWS[row.split()[0]][0], found[0]["command"].split(" --data-root")[0]
-            cells = [mean_std([line[key] for line in found]) for key in SCORES]
+            columns = [[line[key] for line in found] for key in SCORES]
+            cells = [f"{mean(c):.1f}" + (f" ± {stdev(c):.1f}" if len(c) > 1 else "") for c in columns]
             text.append(f"| `{row}`: {what} | {len(found)} | {' | '.join(cells)} | {with_interval(gain(lines, row))} | "
                         f"`{command}` |")
     return "\n".join(text)
-
-
-def mean_std(values):
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def with_interval(found):
@@ -218,10 +215,10 @@ def main(args):
             raise UserError(f"the product is at {commit or 'no commit'}: commit them, or use a clean `git worktree`, "
                             "as a line names the commit at which its run can be repeated")
         have = {(line["row"], line["world"]) for line in finished() if line["commit"] == commit}
-        jobs = [(row, w) for w in args.worlds for row in args.rows if (row, w) not in have]
+        jobs = [(row, w, command(row, draw(w, row)), commit) for w in args.worlds for row in args.rows
+                if (row, w) not in have]
         print(f"{len(jobs)} runs to go", flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
-        jobs = [(row, w, command(row, draw(w, row)), commit) for row, w in jobs]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: run(*job), jobs))
     every = [line for line in finished() if line["world"] in args.worlds]
@@ -238,8 +235,7 @@ def main(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=DEFAULT, metavar="ROW", help=f"{', '.join(ROWS)} (default: these "
                         "and, with images=100 and images=1000, full, linear and random)")
     parser.add_argument("--worlds", nargs="+", type=int, default=REPORTED, metavar="N", help="(default: 0 to 7)")

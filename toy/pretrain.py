@@ -1,20 +1,21 @@
 """Trains what the toy data set starts from: its tiny CLIP, toy/clip.pt, and its body, toy/body.pt.
 
-    python -m toy.pretrain     # TIME on one core; writes both files and their record, toy/pretrained.json
+    python -m toy.pretrain     # about an hour on one core without AMX; its record is toy/pretrained.json
 
-CLIP learns from scenes and their captions, without masks: all nouns of toy/sprites.txt, in three stages (STAGES below):
-small scenes of one emoji, larger ones, then scenes as the data set's. Captions name the things, as most captions in
-the world do, and sometimes the ground. Most patches are left out of each image (FLIP, arXiv 2212.00794): that is
-faster, and what is left of an image must name it, so single patches know more. Names of unseen classes occur in
-captions, as in the real CLIP's; which classes are unseen plays no part here.
+CLIP learns all nouns of toy/sprites.txt from scenes and their captions, without masks, in three stages: small scenes of
+one emoji, larger ones, scenes as the data set's. Captions name the things, sometimes the ground too. Most patches are
+left out of each image (FLIP, arXiv 2212.00794): that is faster, and single patches know more, as what is left must name
+the image. Captions name unseen classes too, as the real CLIP's do.
 The body learns to name the 268 nouns that are no class of any world, so it knows no unseen class.
-The scores are of new scenes of the same drawings. The files are state dicts in fp16, CLIP's in OpenAI's names:
-`clip.load` reads it like any other. (Another processor rounds otherwise and makes other files.)
+The scores are of new scenes of the same drawings. The files are state dicts in fp16, CLIP's in OpenAI's names. (Another
+processor rounds otherwise and makes other files.)
 """
 import argparse
+import ctypes
 import functools
 import json
 import math
+import platform
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +25,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import clip
 from bodies import build_body
 from model import IMAGENET_MEAN, IMAGENET_STD, text_embeddings
-from support.checkpoint import atomic
+from support.checkpoint import atomic, write_json
 from support.processes import autocast, fast_precision
 from toy import world
 
@@ -55,27 +56,30 @@ STAGES = (Stage(700, 256, 40000, 0, dict(others=0.8, things=(1, 1), sides=(20, 3
           Stage(1500, 192, 30000, 0.1, dict(others=0.8, things=(1, 1), sides=(20, 52))),
           Stage(2000, 128, 30000, 0.1, dict(others=0.6, things=(1, 3), sides=(20, 52))))
 BODY = Stage(1500, 96, 30000, 0, dict(others=1.0, things=(1, 1), sides=(20, 52)))
-BODY_LR, BODY_WEIGHT_DECAY = 3e-3, 0.05
 
 
-class Scenes(Dataset):
-    """Scene i of a seed (a list of numbers): image uint8 (side, side, 3), names in it. scenes: for world.draw."""
+def draw(numbers, seed, scenes):
+    """Scenes of these numbers -> [(image, names in it)]; seed: a list of numbers; scenes: arguments of world.draw."""
+    return [world.draw(np.random.RandomState([*seed, i]), **scenes)[::2] for i in numbers]
 
-    def __init__(self, count, seed, scenes):
-        self.count, self.seed, self.scenes = count, seed, scenes
 
-    def __len__(self):
-        return self.count
+def draw_all(count, seed, scenes):
+    """-> images uint8 (count, 3, side, side), a list of names for each"""
+    loader = DataLoader(range(count), 64, num_workers=2, collate_fn=functools.partial(draw, seed=seed, scenes=scenes))
+    images, names = zip(*(scene for batch in loader for scene in batch))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), names
 
-    def __getitem__(self, i):
-        image, _, names = world.draw(np.random.RandomState([*self.seed, i]), **self.scenes)
-        return image, names
 
-    def all(self):
-        """-> images uint8 (count, 3, side, side), a list of names for each"""
-        items = [item for batch in DataLoader(self, 64, num_workers=2, collate_fn=list) for item in batch]
-        images = torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2).contiguous()
-        return images, [names for _, names in items]
+def progress(name, step, steps, loss):
+    """Every 50 steps a line, and glibc gives back what was freed: it keeps it in pieces, 13 GB after 2,000 steps."""
+    if step % 50 == 0:
+        print(f"{name}  step {step:4d}/{steps}  loss {loss.item():.3f}", flush=True)
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def percent(right):
+    return round(100 * right.float().mean().item(), 1)
 
 
 # ---------------------------------------------------------------- CLIP
@@ -170,7 +174,7 @@ def train_clip(seed, precision):
     optimizers = make_optimizers(model)
     steps, start = sum(stage.steps for stage in STAGES), 0
     for number, stage in enumerate(STAGES):
-        images, names = Scenes(stage.pool, [seed, number], stage.scenes).all()
+        images, names = draw_all(stage.pool, [seed, number], stage.scenes)
         for step in range(start, start + stage.steps):
             set_rate(optimizers, LR, step, start, steps)
             rng = np.random.RandomState([seed, step])
@@ -185,17 +189,15 @@ def train_clip(seed, precision):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            if step % 50 == 0:
-                print(f"clip  step {step:4d}/{steps}  {images.shape[-1]} pixels  loss {loss.item():.3f}", flush=True)
+            progress("clip", step, steps, loss)
         start += stage.steps
     return model
 
 
 @torch.no_grad()
 def zero_shot(model, seed, count):
-    """Top-1 in percent on scenes of one thing: of all nouns, and of the 20 classes among all nouns; of the patches of
-    the data set's scenes, by the values path, the share on a class that name it among the classes."""
-    images, scenes = Scenes(count, [seed, len(STAGES)], TEST).all()
+    """Top-1 among all nouns on scenes of one thing, in percent: of all of them, and of those that show a class."""
+    images, scenes = draw_all(count, [seed, len(STAGES)], TEST)
     z = F.normalize(torch.cat([model.encode_image(chunk / 255) for chunk in images.split(256)]), dim=-1)
     t = text_embeddings(model, NOUNS, world.TEMPLATES)
     right = torch.tensor([NOUNS[k] in names for k, names in zip((z @ t.T).argmax(1), scenes)])
@@ -204,23 +206,18 @@ def zero_shot(model, seed, count):
     return {"nouns": percent(right[things]), "classes among nouns": percent(right[own])}
 
 
-def percent(right):
-    return round(100 * right.float().mean().item(), 1)
-
-
 # ---------------------------------------------------------------- the body
 
 
 def train_body(seed, precision):
     """-> SmallBody, top-1 in percent on scenes that it was not trained on"""
-    images, names = Scenes(BODY.pool, [seed, len(STAGES) + 1], BODY.scenes).all()
+    images, names = draw_all(BODY.pool, [seed, len(STAGES) + 1], BODY.scenes)
     visible = [i for i, held in enumerate(names) if set(held) & set(world.OTHERS)]
     y = torch.tensor([world.OTHERS.index(next(n for n in names[i] if n in world.OTHERS)) for i in visible])
     images, kept = images[visible], len(visible) - BODY.pool // 30  # the last ones are for the test
     body = build_body("small", "none")
     classifier = nn.Linear(body.out_channels, len(world.OTHERS))
-    optimizer = torch.optim.AdamW([*body.parameters(), *classifier.parameters()], weight_decay=BODY_WEIGHT_DECAY,
-                                  fused=True)
+    optimizer = torch.optim.AdamW([*body.parameters(), *classifier.parameters()], weight_decay=0.05, fused=True)
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
     def logits(images):  # what is anywhere, and what is everywhere
@@ -229,15 +226,14 @@ def train_body(seed, precision):
         return classifier((x.amax((2, 3)) + x.mean((2, 3))) / 2)
 
     for step in range(BODY.steps):
-        set_rate([optimizer], BODY_LR, step, 0, BODY.steps)
+        set_rate([optimizer], 3e-3, step, 0, BODY.steps)
         rng = np.random.RandomState([seed, step])
         pick = rng.randint(kept, size=BODY.batch)
         loss = F.cross_entropy(logits(shifted(images[pick], rng)), y[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
-            print(f"body  step {step:4d}/{BODY.steps}  loss {loss.item():.3f}", flush=True)
+        progress("body", step, BODY.steps, loss)
     with torch.no_grad():
         found = torch.cat([logits(chunk / 255).argmax(1) for chunk in images[kept:].split(100)])
     return body, percent(found == y[kept:])
@@ -251,8 +247,10 @@ def write(model, path):
 def main(args):
     start, precision = time.time(), fast_precision(torch.device("cpu"))
     torch.manual_seed(args.seed)
-    record = {"command": f"python -m toy.pretrain --seed {args.seed}", "torch": torch.__version__,
-              "precision": precision, "threads": torch.get_num_threads()}
+    file = args.out / "pretrained.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    record |= {"command": f"python -m toy.pretrain --seed {args.seed}", "torch": torch.__version__,
+               "precision": precision, "threads": torch.get_num_threads()}
     if args.only != "body":
         record["clip.pt"] = write(train_clip(args.seed, precision), args.out / "clip.pt")
         record["top1 of clip.pt"] = zero_shot(clip.load(args.out / "clip.pt"), args.seed, args.test_scenes)
@@ -262,9 +260,7 @@ def main(args):
         body, top1 = train_body(args.seed, precision)
         record |= {"body.pt": write(body, args.out / "body.pt"), "top1 of body.pt": top1}
         record["seconds of body.pt"] = round(time.time() - start)
-    file = args.out / "pretrained.json"
-    record = (json.loads(file.read_text()) if file.exists() else {}) | record
-    atomic(file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    write_json(file, record)
     print(json.dumps(record, indent=1))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from toy.sprites import SHEET, SIDE, read_nouns
+from toy.world import SHEET, SIDE, read_nouns
 
 STYLES = {  # npm package: sha256 of its .tgz
     "noto-1.2.9": "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",  # Google, Apache-2.0

@@ -5,9 +5,7 @@ background is ignored: the grounds, and one emoji in seven, which is something e
 is one set of scenes with its choice of these five: world 0 has VOC's usual ones, each other world (`--seed`) its own.
 `demo` is a scene of things that are no class of any world.
 Each noun has three drawings, the same in training, at test and in the training of toy/clip.pt: a test scene is a new
-arrangement of known drawings.
-Scenes are drawn from a seed with numpy's frozen RandomState, so a world is the same on every machine:
-tests/test_toy.py has a checksum.
+arrangement of known drawings. They are drawn with numpy's frozen RandomState: a world is the same on every machine.
 
     python -m toy.world                              # writes data/toy (train.py does it by itself)
     python -m toy.world --root data/other --seed 1   # other scenes, another choice of unseen classes
@@ -15,15 +13,23 @@ tests/test_toy.py has a checksum.
 import argparse
 import functools
 import math
-import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from support import pictures
-from toy import sprites
+
+SHEET = Path(__file__).with_name("sprites.png")  # by toy/render.py: 12 nouns a row, each in STYLES neighbouring cells
+SIDE, STYLES = 48, 3  # pixels a side of a cell; drawings of a noun: Noto's, Twemoji's, Fluent's
+
+
+def read_nouns():
+    """toy/sprites.txt, an emoji and its noun a line -> {noun: emoji}, in the order of the sheet."""
+    lines = SHEET.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    return {noun: emoji for emoji, noun in (line.split(" ", 1) for line in lines)}
+
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining plate", "dog",
            "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
@@ -33,7 +39,7 @@ GROUNDS = {  # two colours, of which `_pattern` makes a texture
     "water": ((0.08, 0.32, 0.58), (0.37, 0.66, 0.84)), "sky": ((0.45, 0.70, 0.96), (1.00, 1.00, 1.00)),
     "snow": ((0.82, 0.86, 0.93), (0.98, 0.99, 1.00)), "brick wall": ((0.56, 0.22, 0.16), (0.80, 0.76, 0.72)),
     "wooden floor": ((0.38, 0.24, 0.13), (0.76, 0.55, 0.33)), "night sky": ((0.03, 0.04, 0.16), (0.90, 0.90, 0.85))}
-OTHERS = [noun for noun in sprites.read_nouns() if noun not in CLASSES]  # 268: void
+OTHERS = [noun for noun in read_nouns() if noun not in CLASSES]  # 268: void
 TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
 VOID = 255
 SIZE = 64  # pixels a side
@@ -92,21 +98,23 @@ def _ground(rng, name, size):
 
 
 @functools.cache
-def _sprites():
-    """{noun: float32 (3 styles, 50, 50, 4)}, colours times opacity, with a transparent edge."""
-    stacks = {noun: np.float32(stack) / 255 for noun, stack in sprites.read_sheet().items()}
-    return {noun: np.pad(np.concatenate([s[..., :3] * s[..., 3:], s[..., 3:]], -1), ((0, 0), (1, 1), (1, 1), (0, 0)))
-            for noun, s in stacks.items()}
+def read_sprites():
+    """-> {noun: float32 (STYLES, SIDE + 2, SIDE + 2, 4)}, colours times opacity, with a transparent edge"""
+    sheet = np.float32(Image.open(SHEET).convert("RGBA")) / 255
+    cells = sheet.reshape(len(sheet) // SIDE, SIDE, -1, SIDE, 4).swapaxes(1, 2)  # (rows, columns, SIDE, SIDE, 4)
+    cells[..., :3] *= cells[..., 3:]
+    cells = np.pad(cells.reshape(-1, STYLES, SIDE, SIDE, 4), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    return dict(zip(read_nouns(), cells))
 
 
 def _emoji(rng, noun, x, y, cx, cy, side):
     """Points (x, y) -> colour times opacity, and opacity, of an emoji at (cx, cy): (..., 4). It is in one of three
     styles, turned a little, mirrored half of the time."""
-    styles = _sprites()[noun]
+    styles = read_sprites()[noun]
     sprite, angle, mirror = styles[rng.randint(len(styles))], rng.uniform(-0.2, 0.2), rng.choice([-1, 1])
-    scale, last = sprites.SIDE / side, sprites.SIDE + 0.999
-    u = mirror * scale * ((x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)) + (sprites.SIDE + 1) / 2
-    v = scale * ((y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)) + (sprites.SIDE + 1) / 2
+    scale, last = SIDE / side, SIDE + 0.999
+    u = mirror * scale * ((x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)) + (SIDE + 1) / 2
+    v = scale * ((y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)) + (SIDE + 1) / 2
     u, v = u.clip(0, last), v.clip(0, last)  # cells' centres are whole numbers
     i, j = v.astype(int), u.astype(int)
     v, u = (v - i)[..., None], (u - j)[..., None]
@@ -169,30 +177,28 @@ def write(root, seed=0, train=TRAIN, val=VAL):
     if root.exists():
         raise FileExistsError(f"{root} exists already: delete it, or give another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
-    (partial / "images").mkdir(parents=True)
-    (partial / "masks").mkdir()
-    try:
-        fill(partial, seed, train, val)
-        partial.rename(root)
-    except OSError:
-        if not root.exists():  # else another process was first: its world is the same
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        world = Path(folder, "world")
+        fill(world, seed, train, val)
+        try:
+            world.rename(root)
+        except OSError:
+            if not root.exists():  # else another process was first: its world is the same
+                raise
 
 
 def fill(folder, seed, train, val):
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
     rng = np.random.RandomState(seed)
     for split, count in (("train", train), ("val", val)):
         names = [f"{split}_{i:05d}" for i in range(count)]
         for name in names:
             image, mask, _ = draw(rng)
-            Image.fromarray(image).save(folder / "images" / f"{name}.png", compress_level=1)
+            Image.fromarray(image).save(folder / f"images/{name}.png", compress_level=1)
             mask = Image.fromarray(mask)
             mask.putpalette(pictures.COLOURS.tobytes())
-            mask.save(folder / "masks" / f"{name}.png", compress_level=1)
+            mask.save(folder / f"masks/{name}.png", compress_level=1)
         (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     (folder / "unseen.txt").write_text("\n".join(unseen(seed)) + "\n")
