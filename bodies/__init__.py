@@ -1,8 +1,8 @@
 """Bodies: trainable networks that give dense features, by name.
 
 A body is any nn.Module from ImageNet-normalised images (B, 3, H, W) to (B, C, h, w) with `out_channels` = C. To add a
-name: its module in a file here, its name in BODIES, and two lines in `build_body` below those of `small`. Or give the
-module itself to model.build. `channels_last` makes most convolutions faster.
+name: its module in a file here, its name in BODIES, two lines in `build_body` below those of `small`. Or give the
+module itself to model.build.
 
     small          for the toy data set, stride 4
     segnext-t … l  SegNeXt, the nearest to the authors' earlier papers, stride 16
@@ -44,12 +44,13 @@ def build_body(name, weights="default"):
     if name not in BODIES:
         raise ModelError(f"no body {name[:60]!r}: choose one of {', '.join(BODIES)}")
     if name == "small":
-        body, url = channels_last(SmallBody()), "toy/body.pt of this repository"
+        body, url = SmallBody(), "toy/body.pt of this repository"
     elif name in SEGNEXT:
-        body, url = SegNeXt(SEGNEXT[name], STRIDE), WEIGHTS[SEGNEXT[name]]  # its depthwise convolutions: not faster
+        body, url = SegNeXt(SEGNEXT[name], STRIDE), WEIGHTS[SEGNEXT[name]]
     else:
-        body = channels_last(TorchvisionBody(name, STRIDE))
-        url = models.get_model_weights(TORCHVISION[name][0]).DEFAULT.url
+        body, url = TorchvisionBody(name, STRIDE), models.get_model_weights(TORCHVISION[name][0]).DEFAULT.url
+    if name not in SEGNEXT:  # dense convolutions are faster so, on CPU and CUDA; its depthwise ones are not
+        body = body.to(memory_format=torch.channels_last)
     if weights == "none":
         return body
     file = SMALL if name == "small" else Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
@@ -65,8 +66,7 @@ def build_body(name, weights="default"):
 
 
 def load_weights(part, name, path):
-    """Fills a body's backbone (`small`: all of it). Every tensor of the file must be the network's. Raises
-    ArchiveError."""
+    """Fills a body's backbone (`small`: all of it). The file must hold the network's tensors, no others."""
     state, own = read_tensors(path), part.state_dict()
     wanted = own
     if name in SEGNEXT:
@@ -79,8 +79,3 @@ def load_weights(part, name, path):
         raise ArchiveError(f"{path} holds another network, or more than this one: {wrong}")
     own |= {key: state[key] for key in own if own[key].is_floating_point()}  # not counters and Swin's tables of indices
     part.load_state_dict(own)
-
-
-def channels_last(body):
-    """With weights (and so features) laid out (B, H, W, C): dense convolutions are faster so, on CPU and CUDA."""
-    return body.to(memory_format=torch.channels_last)

@@ -1,7 +1,4 @@
-"""TorchvisionBody: torchvision's backbones, whose ImageNet weights are downloaded, behind one light decoder.
-
-Symbols: B images, C body channels, h×w the dense grid.
-"""
+"""TorchvisionBody: torchvision's backbones, whose ImageNet weights are downloaded, behind one light decoder."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

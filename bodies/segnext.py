@@ -1,10 +1,6 @@
 """SegNeXt (Guo et al., arXiv 2209.08575): the MSCAN encoder and the LightHam decoder, without the classifier.
 
-    body = SegNeXt("t")  # random weights, nothing is downloaded
-    x = body(images)     # (B, 3, H, W) -> (B, C, ⌈H/8⌉, ⌈W/8⌉) at stride 8
-
-Written for this project from the paper and the published configurations. The encoder's parameter names are those of
-the published files, so that these load strictly.
+Written from the paper and the published configurations; parameter names are those of the encoder's published files.
 Symbols: B images, C channels, N = h·w positions, R bases of the matrix decomposition.
 """
 from collections import OrderedDict
@@ -12,6 +8,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.ops import StochasticDepth
 
 SIZES = {  # size: (widths of the four stages, blocks in each, decoder's width C, R, drop path rate of the last block)
     "t": ((32, 64, 160, 256), (3, 3, 5, 2), 256, 16, 0.1),
@@ -35,19 +32,8 @@ def named(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-# ---------------------------------------------------------------- encoder: MSCAN
-
-
 def depthwise(channels, height, width):
     return nn.Conv2d(channels, channels, (height, width), padding=(height // 2, width // 2), groups=channels)
-
-
-def drop_path(x, rate, training):
-    """Stochastic depth: in training a share `rate` of the images goes without this branch."""
-    if rate == 0 or not training:
-        return x
-    kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= rate
-    return x * kept / (1 - rate)
 
 
 class MSCA(nn.Module):
@@ -70,7 +56,7 @@ class MSCA(nn.Module):
 class Block(nn.Module):
     def __init__(self, channels, mlp_ratio, drop_rate):
         super().__init__()
-        self.drop_rate = drop_rate
+        self.drop_path = StochasticDepth(drop_rate, "row")  # in training a share of the images goes without a branch
         self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
         self.attn = named(proj_1=nn.Conv2d(channels, channels, 1), gelu=nn.GELU(),
                           spatial_gating_unit=MSCA(channels), proj_2=nn.Conv2d(channels, channels, 1))
@@ -83,9 +69,9 @@ class Block(nn.Module):
     def forward(self, x):
         y = self.norm1(x)
         y = self.layer_scale_1[:, None, None] * (y + self.attn(y))  # the attention has a shortcut of its own
-        x = x + drop_path(y, self.drop_rate, self.training)
+        x = x + self.drop_path(y)
         y = self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x))
-        return x + drop_path(y, self.drop_rate, self.training)
+        return x + self.drop_path(y)
 
 
 class MSCAN(nn.Module):
@@ -112,17 +98,13 @@ class MSCAN(nn.Module):
         return stages
 
 
-# ---------------------------------------------------------------- decoder: LightHam
-
-
 class NMF(nn.Module):
     """Non-negative matrix factorisation X ≈ bases · coefᵀ by multiplicative updates (Hamburger, arXiv 2109.04553).
 
-    The bases start at random, unit length over C. In training they are drawn for every image from torch's global RNG
-    and, as in SegNeXt's code, gradients pass through all updates (Hamburger's first code stopped them).
-    OURS: published code draws anew in evaluation too, so that an image is never segmented the same way twice. Here
-    every image starts evaluation from one draw of a fixed seed: the same result in any batch, at any RNG state.
-    Always in fp32 (OURS): the updates divide small sums by each other."""
+    The bases start at random, unit length over C. As in SegNeXt's code they are drawn anew for every image in training,
+    and gradients pass through all updates. OURS: in evaluation every image starts from one draw of a fixed seed, for
+    the same result in any batch; published code draws anew there too. OURS: always in fp32, as the updates divide small
+    sums by each other."""
 
     def __init__(self, channels, bases):
         super().__init__()
@@ -137,15 +119,12 @@ class NMF(nn.Module):
             if self.training:
                 bases = F.normalize(torch.rand(bases.shape, device=X.device), dim=1)
             coef = (X.mT @ bases).softmax(dim=-1)  # (B, N, R)
-            for _ in range(NMF_STEPS if self.training else NMF_EVAL_STEPS):
-                coef = self.update(X, bases, coef)
-                bases = bases * (X @ coef) / (bases @ (coef.mT @ coef) + NMF_EPS)
-            coef = self.update(X, bases, coef)
+            steps = NMF_STEPS if self.training else NMF_EVAL_STEPS
+            for step in range(steps + 1):
+                coef = coef * (X.mT @ bases) / (coef @ (bases.mT @ bases) + NMF_EPS)
+                if step < steps:
+                    bases = bases * (X @ coef) / (bases @ (coef.mT @ coef) + NMF_EPS)
             return (bases @ coef.mT).view_as(x).to(x.dtype)
-
-    @staticmethod
-    def update(X, bases, coef):
-        return coef * (X.mT @ bases) / (coef @ (bases.mT @ bases) + NMF_EPS)
 
 
 def conv_norm(in_channels, channels):
@@ -169,14 +148,10 @@ class LightHam(nn.Module):
         return F.relu(self.align(x))
 
 
-# ---------------------------------------------------------------- both, and the encoder's ImageNet weights
-
-
 class SegNeXt(nn.Module):
     """ImageNet-normalised images (B, 3, H, W) -> dense features (B, C, ⌈H/8⌉, ⌈W/8⌉), all ≥ 0; C is `out_channels`.
 
-    size: t, s, b or l. stride: 8 as published, or 16: the same features, averaged in pairs of rows and columns (OURS).
-    The encoder has BatchNorm: to train on one image at a time, it must be larger than 32×32."""
+    stride: 8 as published, or 16: the same features, averaged in pairs of rows and columns (OURS)."""
 
     def __init__(self, size="t", stride=8):
         super().__init__()
@@ -196,8 +171,7 @@ class SegNeXt(nn.Module):
 
 
 def mscan_names(tensors):
-    """{name: tensor} of an MSCAN ImageNet checkpoint -> those of the encoder in our names. It is a file of WEIGHTS, or
-    one of the authors' own, which wrap them and name one layer otherwise. The ImageNet classifier, `head.*`, is left
-    out."""
+    """{name: tensor} of an MSCAN ImageNet checkpoint -> those of the encoder in our names. The authors' own files wrap
+    them and name one layer otherwise. The ImageNet classifier, `head.*`, is left out."""
     state = {key.removeprefix("state_dict.").replace(".dwconv.dwconv.", ".dwconv."): x for key, x in tensors.items()}
     return {key: x for key, x in state.items() if not key.startswith("head.")}

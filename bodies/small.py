@@ -1,17 +1,11 @@
-"""SmallBody: the body for the toy data set. toy/body.pt has weights for it that know scenes of emoji.
-
-Symbols: B images, C body channels.
-"""
+"""SmallBody: the body for the toy data set. toy/body.pt has weights for it that know scenes of emoji."""
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def norm(channels):
-    """GroupNorm of 8 groups: no batch statistics, so one image a batch and any number of processes are the same."""
-    return nn.GroupNorm(8, channels)
+norm = partial(nn.GroupNorm, 8)  # no batch statistics: one image a batch and any number of processes are the same
 
 
 def conv(channels, out, size, stride=1):

@@ -15,7 +15,6 @@ from support.processes import first_on_machine
 
 ADDRESSES = ("https://openaipublic.azureedge.net/clip/models/{sha256}/{file}",  # 404 since October 2025
              "{hub}/jinaai/clip-models/resolve/main/{file}")  # the same files, byte by byte
-HUB = "https://huggingface.co"  # or a mirror, which HF_ENDPOINT names
 MODELS = {  # name: (sha256 of the file, file name)
     "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
     "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
@@ -25,8 +24,6 @@ MODELS = {  # name: (sha256 of the file, file name)
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGS = ("open_clip_config.json", "config.json")
-WIDEST = 1024  # ViT-L; wider image towers (ViT-H, g, bigG) have heads of other widths than 64
-SCALES = (1, 5.5)  # of logit_scale, the logarithm of 1/τ; OpenAI's is at most 4.605
 HERE = Path(__file__).parent.parent
 
 
@@ -41,7 +38,7 @@ def load(name_or_path):
     path = clip.CACHE / file if file else find(name_or_path)
     try:
         if file:
-            hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+            hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")  # a mirror, or itself
             with first_on_machine():
                 fetch(path, [url.format(sha256=sha256, file=file, hub=hub) for url in ADDRESSES], sha256)
         state, beside = openai_names(read_tensors(path, sha256))
@@ -49,19 +46,19 @@ def load(name_or_path):
         config = None if known else config_beside(path)
         check_tensors(state, path)
         model = build(state, read_config(config) if config else {})
-    except KeyError as error:
-        raise CLIPError(f"{path}: not a complete CLIP: it lacks the tensor {str(error)[:80]}") from None
     except ArchiveError as error:
         raise CLIPError(str(error)) from None
     except CLIPError as error:
         raise CLIPError(f"{path}: {error}") from None
     except Exception as error:  # a foreign file may raise anything
-        raise CLIPError(f"{path}: no weights of a CLIP ({type(error).__name__}: {first_line(error)})") from None
-    remarks = [f"{path}: {beside}"] if beside else []
+        reason = f"{type(error).__name__}: {first_line(error)}"  # KeyError: 'visual.proj'
+        raise CLIPError(f"{path}: not the weights of a whole CLIP with OpenAI's ViT ({reason})") from None
+    remarks = []
+    if beside:
+        remarks += [f"{path}: {len(beside)} tensors are left out, as no part of CLIP, the first is {beside[0][:60]!r}"]
     if not known and not config:
-        remarks += [f"{path} is not one of OpenAI's files and has no config: assuming QuickGELU and heads of "
-                    f"{HEAD_WIDTH} as in theirs. This is wrong for a CLIP with plain GELU (most of LAION's): put it "
-                    "into a folder of its own, with its config"]
+        remarks += [f"{path} is not OpenAI's and has no config: assuming QuickGELU and heads of {HEAD_WIDTH}. "
+                    "Wrong for a CLIP with plain GELU (most of LAION's): put it into a folder, with its config"]
     model.remark = "; ".join(remarks) or None
     return model.eval().requires_grad_(False)
 
@@ -73,11 +70,9 @@ def find(name):
         path = HERE / path
     if os.path.isdir(path):
         usual, alone = [path / file for file in WEIGHTS if (path / file).is_file()], weights_in(path)
-        if not usual and any(path.glob("*.index.json")):
-            raise CLIPError(f"{path}: weights in several files: join them with transformers' "
-                            'CLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="50GB")')
         if not usual and len(alone) != 1:
-            raise CLIPError(f"{path}: a folder without {', '.join(WEIGHTS)}: give the file itself")
+            raise CLIPError(f"{path}: a folder without {', '.join(WEIGHTS)}: give the file itself. Several files of "
+                            'one CLIP: CLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="50GB")')
         path = (usual or alone)[0]
     if not os.path.isfile(path):
         raise CLIPError(f"no CLIP file {str(path)[:200]}: give a file, a folder or one of {', '.join(MODELS)}")
@@ -107,7 +102,7 @@ def build(state, config):
         vision_patch_size=patch,
         vision_hidden=len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         context_length=len(state["positional_embedding"]),
-        vocab_size=len(state["token_embedding.weight"]),
+        vocab_size=VOCABULARY,
         transformer_width=len(state["ln_final.weight"]),
         transformer_layers=sum(key.startswith("transformer.") for key in blocks),
         transformer_hidden=len(state["transformer.resblocks.0.mlp.c_fc.weight"]))
@@ -118,14 +113,12 @@ def build(state, config):
         model = CLIP(**shapes | config)
     if wrong := misfit(state, model.state_dict()):
         raise CLIPError(f"not a whole CLIP, or another model: {wrong}")
-    if shapes["vocab_size"] != VOCABULARY:
-        raise CLIPError(f"has {shapes['vocab_size']} tokens, CLIP's tokenizer has {VOCABULARY}: it needs another one")
-    if shapes["vision_width"] > WIDEST and not config:
-        raise CLIPError(f"an image tower of width {shapes['vision_width']}, OpenAI's widest is {WIDEST}: its number of "
+    if shapes["vision_width"] > 1024 and not config:  # ViT-H, g and bigG have heads of other widths than 64
+        raise CLIPError(f"an image tower of width {shapes['vision_width']}, OpenAI's widest is 1024: its number of "
                         f"heads is not known. Put it into a folder with its {' or '.join(CONFIGS)}")
-    if not SCALES[0] <= (scale := state["logit_scale"].item()) <= SCALES[1]:
-        raise CLIPError(f"its logit_scale is {scale:.4g}, expected the logarithm of 1/τ, {SCALES[0]} to {SCALES[1]} "
-                        "(OpenAI's: 4.605). If it is 1/τ or τ itself, save the logarithm of 1/τ in its place")
+    if not 1 <= (scale := state["logit_scale"].item()) <= 5.5:
+        raise CLIPError(f"its logit_scale is {scale:.4g}, expected the logarithm of 1/τ, 1 to 5.5 (OpenAI's: 4.605). "
+                        "If it is 1/τ or τ itself, save the logarithm of 1/τ in its place")
     model.load_state_dict({key: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                            for key, tensor in state.items()}, assign=True)
     return model
@@ -134,8 +127,9 @@ def build(state, config):
 def fingerprint(model):
     """16 hex digits that identify a CLIP, whatever its file: a hash of all parameters and of what no shape tells."""
     towers = model.visual.transformer, model.transformer
-    heads = [tower.resblocks[0].attn.heads for tower in towers]
-    content = hashlib.sha256(repr([*heads, *(model.visual.config[k] for k in ("activation", "mean", "std"))]).encode())
+    beside = [tower.resblocks[0].attn.heads for tower in towers]
+    beside += [model.visual.config[key] for key in ("activation", "mean", "std")]
+    content = hashlib.sha256(repr(beside).encode())
     for name, p in sorted(model.named_parameters()):
         content.update(name.encode() + p.detach().cpu().numpy().tobytes())
     return content.hexdigest()[:16]

@@ -96,10 +96,9 @@ def resize_positions(table, h, w):
 
     Antialiased bicubic interpolation, as open_clip does."""
     grid = round((len(table) - 1) ** 0.5)
-    table = table[1:]
     if (h, w) == (grid, grid):
-        return table
-    table = table.T.reshape(1, -1, grid, grid)
+        return table[1:]
+    table = table[1:].T.reshape(1, -1, grid, grid)
     return F.interpolate(table, (h, w), mode="bicubic", antialias=True, align_corners=False)[0].flatten(1).T
 
 
@@ -117,13 +116,13 @@ class VisionTransformer(nn.Module):
         self.width, self.output_dim = width, output_dim
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        patches = (input_size // patch_size) ** 2
-        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width) * width ** -0.5)
+        tokens = 1 + (input_size // patch_size) ** 2
+        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, hidden, activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width ** -0.5)
-        # on the CPU even where the loader makes a tower without storage: no file holds these two
+        # on the CPU even where the loader makes a tower without storage: no file holds them
         self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
@@ -135,11 +134,9 @@ class VisionTransformer(nn.Module):
         cls = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x + positions], dim=1))
 
-    def forward(self, images, first=None):
-        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches; or of
-        the first `first` tokens alone: the last block then computes no others."""
-        x = self.transformer(self.embed(images), first=first)
-        return self.ln_post(x) @ self.proj
+    def forward(self, images):
+        """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches."""
+        return self.ln_post(self.transformer(self.embed(images))) @ self.proj
 
     def cls_and_patches(self, images):
         """(B, 3, H, W) in [0, 1] -> CLS embedding (B, D) and the patches' dense features (B, h·w, D) by the values path
@@ -177,10 +174,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         """RGB in [0, 1], (B, 3, H, W) at any H, W ≥ the patch size -> CLS embeddings (B, D), not normalised."""
-        H, W, patch = *images.shape[-2:], self.visual.patch_size
-        if min(H, W) < patch:
-            raise CLIPError(f"image is {H}×{W} pixels, one patch needs {patch}×{patch}")
-        return self.visual(images, first=1)[:, 0]
+        return self.visual(images)[:, 0]
 
     def encode_text(self, tokens):
         """int (P, L) from `tokenize` -> (P, D), not normalised; read at the end mark, the largest id."""

@@ -6,15 +6,14 @@ torch.load refuses to read as data (torch.jit.load would run code from the file)
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import re
 import socket
 import zipfile
-from collections import OrderedDict
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from support import UserError, first_line
@@ -32,23 +31,21 @@ def fetch(path, urls, sha256):
     """Downloads a published file to `path` if there is none, from the first of `urls` that has the right bytes.
 
     sha256: its digits, or the first ones. Raises ArchiveError."""
-    failures = []
-    for url in () if path.exists() else urls:
-        timeout = socket.getdefaulttimeout()
+    if path.exists():
+        return
+    timeout, failures = socket.getdefaulttimeout(), []
+    for url in urls:
         print(f"downloading {url}\n         to {path}", flush=True)
         try:  # writes beside the target, checks the hash, renames: an interrupted download leaves nothing
             socket.setdefaulttimeout(SILENCE)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
-            break
+            return torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
         except Exception as error:  # no network, 404, a dead connection, other bytes, a full disk
             failures.append(f"{url} said: {first_line(error, 300)}")
-            print(f"failed: {error}", flush=True)
         finally:
             socket.setdefaulttimeout(timeout)
-    if not path.exists():
-        raise ArchiveError(f"could not download {path.name}: {'; '.join(failures)}. Fetch it (sha256 {sha256}) "
-                           f"elsewhere and put it at {path}")
+    raise ArchiveError(f"could not download {path.name}: {'; '.join(failures)}. Fetch it (sha256 {sha256}) "
+                       f"elsewhere and put it at {path}")
 
 
 def read_tensors(path, sha256=None):
@@ -63,18 +60,12 @@ def read_tensors(path, sha256=None):
             head = file.read(16)
         if head[8:9] == b"{":
             return read_safetensors(path)
-        if head == b"version https://":
-            raise ArchiveError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull in its folder")
+        if head[:2] == b"PK":
+            return flatten(read_archive(path), path)
         if head[:2] == b"\x80\x02":  # torch.save's before PyTorch 1.6: a bare pickle, without checksums
             return flatten(torch.load(path, map_location="cpu", weights_only=True), path)
-        if head[:2] != b"PK":
-            raise ArchiveError(f"{path} is no file of torch.save, of safetensors or of TorchScript")
-        with zipfile.ZipFile(path) as archive:
-            ends = {name.rpartition("/")[2] for name in archive.namelist()}
-            if "data.pkl" not in ends:
-                raise ArchiveError(f"{path} is a zip of other things: unpack it, or save the weights by torch.save")
-            scripted = "constants.pkl" in ends
-            return flatten(read_torchscript(archive, path) if scripted else read_archive(path), path)
+    raise ArchiveError(f"{path} is no file of torch.save, of safetensors or of TorchScript, it begins with {head!r}. "
+                       "If it is a Git LFS pointer, run git lfs pull in its folder")
 
 
 def check_sha256(path, sha256):
@@ -88,17 +79,15 @@ def check_sha256(path, sha256):
 
 
 def read_archive(path):
-    """What torch.save wrote -> what it holds: tensors and plain values, nothing else. Raises ArchiveError."""
+    """A zip of torch.save or TorchScript -> the tensors and plain values in it. Raises ArchiveError."""
     with plain_errors(path), zipfile.ZipFile(path) as archive:
-        check_size(archive, path)
+        if sum(record.file_size for record in archive.infolist()) > 10 * path.stat().st_size:
+            raise ArchiveError(f"{path} unpacks to ten times its size: it was not written by PyTorch")
         if damaged := archive.testzip():  # torch.load itself checks no checksum
             raise ArchiveError(f"{path} is damaged (record {damaged[:60]!r}): fetch it again")
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return read_torchscript(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_size(archive, path):
-    if sum(record.file_size for record in archive.infolist()) > 10 * path.stat().st_size:
-        raise ArchiveError(f"{path} unpacks to ten times its size: it was not written by PyTorch")
 
 
 @contextmanager
@@ -108,15 +97,13 @@ def plain_errors(path):
         yield
     except ArchiveError:
         raise
-    except (zipfile.BadZipFile, EOFError):
-        raise ArchiveError(f"{path} is truncated or damaged: fetch it again") from None
     except Exception as error:  # a damaged or foreign file may raise anything
         reason = first_line(error).partition("Weights only load failed")[0] or "no tensors"  # not torch's advice
-        text = f"is damaged or cannot be read as tensors ({type(error).__name__}: {reason})"
+        text = f"is truncated, damaged or of no format that is read here ({type(error).__name__}: {reason})"
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):  # so both unpicklers name the class that they refuse
             text = (f"holds more than tensors: it wants the class {wanted[1][:60]}, and nothing in a file is run here. "
-                    f'If you trust it, load it where it was made, torch.load("{path.name}", weights_only=False), and '
-                    'save the tensors alone: torch.save(model.state_dict(), "weights.pt")')
+                    "If you trust it, torch.load it where it was made, with weights_only=False, and torch.save its "
+                    "state dict alone")
         raise ArchiveError(f"{path} {text}") from None
 
 
@@ -148,8 +135,7 @@ def check_tensors(state, path):
         raise ArchiveError(f"{path} names larger tensors than it holds: it is damaged or hostile")
     for key, tensor in state.items():
         if not (tensor.float().abs() < LARGEST).all():  # nan is not
-            raise ArchiveError(f"{path}: {key[:60]!r} holds values that are not finite or beyond {LARGEST:g}: the file "
-                               "is damaged")
+            raise ArchiveError(f"{path} is damaged: {key[:60]!r} holds values not finite or beyond {LARGEST:g}")
 
 
 def misfit(state, wanted):
@@ -172,76 +158,48 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------- safetensors
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
           "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
-LONGEST_HEADER = 10_000_000  # bytes; a CLIP's has about 100,000
 
 
 def read_safetensors(path):
     """8 bytes with the header's length; the header, JSON {name: {dtype, shape, data_offsets}}; then the tensors' bytes,
-    one after the other without a gap. Nothing is believed before it is checked against the file's size."""
+    one after the other without a gap. ValueError and others if it is not so."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(path.stat().st_size, LONGEST_HEADER):
-            raise ArchiveError(f"{path} is damaged, its header would have {length} bytes: fetch it again")
-        header, data = json.loads(file.read(length)), memoryview(bytearray(path.stat().st_size - 8 - length))
-        file.readinto(data)
+        if length > path.stat().st_size:
+            raise ValueError(f"its header would have {length} bytes")
+        header, data = json.loads(file.read(length)), memoryview(np.fromfile(file, np.uint8))
     header.pop("__metadata__", None)
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in DTYPES:
-            raise ArchiveError(f"{path}: {name[:60]!r} has dtype {str(dtype)[:20]!r}, expected one of "
-                               f"{', '.join(DTYPES)}: save it as F32")
-        fits = len(shape) < 9 and all(type(n) is int and n > 0 for n in shape) and begin == end and (
-            stop - begin == math.prod(shape) * DTYPES[dtype].itemsize)
-        if not fits or stop > len(data):
-            raise ArchiveError(f"{path} is damaged, shape or place of {name[:60]!r}: fetch it again")
-        tensors[name] = torch.frombuffer(data[begin:stop], dtype=DTYPES[dtype]).reshape(shape)
+        shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+        tensors[name] = torch.frombuffer(data[begin:stop], dtype=DTYPES[entry["dtype"]]).reshape(shape)
+        if begin != end or list(tensors[name].shape) != shape:  # reshape takes -1
+            raise ValueError(f"shape or place of {name[:60]!r}")
         end = stop
     if end != len(data):
-        raise ArchiveError(f"{path} is damaged, {len(data) - end} bytes are no tensor's: fetch it again")
+        raise ValueError(f"{len(data) - end} bytes are no tensor's")
     return tensors
-
-
-# ---------------------------------------------------------------- TorchScript
-
-KNOWN = {  # all that an archive may name beside its own modules; a storage is only its dtype, see persistent_load
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "HalfStorage"): torch.float16, ("torch", "FloatStorage"): torch.float32,
-    ("torch", "DoubleStorage"): torch.float64, ("torch", "LongStorage"): torch.int64,
-    ("torch", "IntStorage"): torch.int32, ("torch", "BoolStorage"): torch.bool}
 
 
 class Scripted:
     """Stands for any module of a TorchScript archive; its attributes arrive through the pickle's BUILD."""
 
 
-class TorchScript(pickle.Unpickler):
-    def __init__(self, archive, root):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))  # read to its end, where the checksum is checked
-        self.archive, self.root, self.storages = archive, root, {}
+class DataOnly:
+    """What torch.load takes in the place of the module pickle."""
 
-    def find_class(self, module, name):
-        if module.startswith("__torch__"):
-            return Scripted
-        if (module, name) not in KNOWN:
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith("__torch__"):
+                return Scripted
+            if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")):
+                return super().find_class(module, name)
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return KNOWN[module, name]
-
-    def persistent_load(self, saved_id):
-        _, dtype, key, _, _ = saved_id
-        if key not in self.storages:  # read once, however often it is named
-            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
-        return torch.storage.TypedStorage(wrap_storage=self.storages[key], dtype=dtype, _internal=True)
 
 
-def read_torchscript(archive, path):
-    """-> the module; its attributes are tensors and modules, named as in a state dict"""
-    check_size(archive, path)
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
-    return TorchScript(archive, root).load()
+def read_torchscript(path):
+    """-> the module. torch.load reads it as data once the record that marks TorchScript has another name."""
+    content = io.BytesIO(path.read_bytes().replace(b"/constants.pkl", b"/constants.bin"))
+    return torch.load(content, "cpu", pickle_module=DataOnly, weights_only=False)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from conftest import run_inside
-from torchvision.models import MobileNet_V2_Weights, get_model
+from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 from trees import own_data
 
@@ -64,24 +64,8 @@ def test_weights_load_from_a_file_or_say_why(name, tmp_path):
         loaded = bodies.build_body(name, path).backbone.state_dict()
         assert all(torch.equal(x, content[key].float()) for key, x in loaded.items() if x.is_floating_point())
     for content, words in (
-            ({"a": torch.zeros(1)}, "tensors differ, the first, 'a', is unexpected"),
             ({k: x for k, x in state.items() if k != key}, f"1 tensors differ, .*{key}', is missing"),
-            (state | {key: state[key] * torch.nan}, "not finite"), (state | {key: state[key][1:]}, "has shape"),
-            (state | {key: state[key].to(torch.int8)}, f"{key}' is torch.int8, expected floats")):
+            (state | {key: state[key] * torch.nan}, "not finite"), (state | {key: state[key][1:]}, "has shape")):
         torch.save(content, path)
         with pytest.raises(bodies.ModelError, match=rf"\A[^\n]*w.pth.*{words}[^\n]{{,90}} Published: https://[^\n]*\Z"):
             bodies.build_body(name, path)
-
-
-def test_a_flipped_bit_is_found(tmp_path, monkeypatch):
-    """By an archive's checksum; in a bare pickle, here the file that was downloaded before, by the published sha256."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-    published = tmp_path / "checkpoints" / MobileNet_V2_Weights.DEFAULT.url.rsplit("/", 1)[1]
-    published.parent.mkdir()
-    for path, zipped, words in ((tmp_path / "w.pth", True, "damaged .record"), (published, False, "sha256 .*Delete")):
-        torch.save(get_model("mobilenet_v2").state_dict(), path, _use_new_zipfile_serialization=zipped)
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        with pytest.raises(bodies.ModelError, match=words):
-            bodies.build_body("mobilenet-v2", path if zipped else "default")

@@ -4,7 +4,6 @@ import random
 import runpy
 import string
 import sys
-from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,14 +115,9 @@ def test_cls_and_patches_at_the_scale_of_vit_b16():
     theirs = perturbed(peer("model").CLIP(joint, side, 12, width, patch, 77, 49408, *text)).float()
     ours, images, kept = clip.CLIP(joint, side, 12, width, patch, 77, 49408, 128, 2), torch.rand(1, 3, side, side), []
     ours.requires_grad_(False).load_state_dict(theirs.state_dict())
-    tower, (*blocks, last) = ours.visual, ours.visual.transformer.resblocks
-    c, d = tower.cls_and_patches(images)
+    c, d = ours.visual.cls_and_patches(images)
     assert torch.allclose(c, ours.encode_image(images), atol=1e-5)
-    x = reduce(lambda x, block: block(x), blocks, tower.embed(images))[0, 1:]  # (196, W), and now written out:
-    value = last.ln_1(x) @ last.attn.in_proj_weight[-width:].T + last.attn.in_proj_bias[-width:]
-    x = x + value @ last.attn.out_proj.weight.T + last.attn.out_proj.bias
-    assert torch.allclose(d[0], tower.ln_post(x + last.mlp(last.ln_2(x))) @ tower.proj, atol=1e-4)
-    # and by OpenAI's code, with a mask in its last block that leaves each token itself
+    # OpenAI's code with a mask in its last block that leaves each token itself
     theirs.visual.transformer.resblocks[-1].attn_mask = torch.full((197, 197), -torch.inf).fill_diagonal_(0)
     theirs.visual.transformer.register_forward_hook(lambda module, given, made: kept.append(made[1:, 0]))
     theirs.encode_image(normalised(images))
@@ -135,8 +129,6 @@ def test_dense_tokens_at_any_input_size(tiny_clip):
     tokens, (c, d) = tiny_clip.visual(images), tiny_clip.visual.cls_and_patches(images)
     assert tokens.shape == (2, 1 + 9 * 12, 128) and d.shape == (2, 9 * 12, 128)
     assert torch.allclose(torch.stack([c, tiny_clip.encode_image(images)]), tokens[:, 0], atol=1e-5)
-    with pytest.raises(clip.CLIPError, match="one patch needs 8×8"):
-        tiny_clip.encode_image(torch.rand(1, 3, 4, 64))
 
 
 def test_tokenizer_equals_both_peers():

@@ -69,12 +69,12 @@ def test_every_wrapping_by_one_rule(small, tmp_path):
     loop["self"] = loop
     contents = [(loop, ""), ({key: torch.nn.Parameter(x) for key, x in small.items()}, ""), (
         custom | {"text.attn_mask": torch.full((7, 7), -torch.inf).triu(1), "logit_bias": torch.zeros(())}, "")]
-    for prefix in ("", "module.", "clip_model.", "module._orig_mod.model.clip."):
+    for prefix in ("", "clip_model.", "module._orig_mod.model.clip."):
         named = {prefix + key: x for key, x in small.items()}
         contents += [(named, ""), ({"model": {"state_dict": named}}, ""),
-                     ({"state_dict": named, "optimizer": optimizer, "epoch": 3}, "1 tensors are left out.*'optimizer'"),
-                     ({"epoch": 3, "states": [optimizer], "x.y": {"model": named}}, ": 'states'")]
-        contents += [(named | {"head.weight": torch.ones(2, dtype=torch.int64)}, ": 'head'")] if prefix else []
+                     ({"state_dict": named, "optimizer": optimizer, "epoch": 3}, "1 tensors are left out.*'optimizer."),
+                     ({"epoch": 3, "states": [optimizer], "x.y": {"model": named}}, "is 'states.0.state.0.exp_avg'")]
+        contents += [(named | {"head.weight": torch.ones(2, dtype=torch.int64)}, "is 'head.weight'")] if prefix else []
     for (content, left_out), zipped in [(content, zipped) for content in contents for zipped in (True, False)]:
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         assert re.search(left_out, remark := same(path, small)) and ("left out" in remark) == bool(left_out)
@@ -92,32 +92,24 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
     contents = [
         (data[:middle], "truncated"), (b"hello", no_file), (b"", no_file), (b"\x80\x02" + data, "damaged"),
         (data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:], "damaged"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", f"{no_file}.*version.*git lfs pull"),
         (beside | {"args": argparse.Namespace(lr=1)}, "wants the class argparse.Namespace.*torch.save"),
         (beside | {"best": np.float64(1)}, r"wants the class numpy\S*scalar.*weights_only=False"),
-        ([1, 2], "no CLIP with a ViT: none of its 0 tensors"), ({"a": one}, "none of its 1 tensors"),
-        ({"a": small, "b": small | {"logit_scale": one}}, "2 CLIPs in it .*save one alone"),
-        (image, "CLIP's image tower alone, both"), ({k[7:]: x for k, x in image.items()}, "CLIP's image tower alone"),
-        ({k: x for k, x in small.items() if k not in image}, "CLIP's text tower alone"),
-        ({k: x for k, x in small.items() if "text_proj" not in k}, "not a complete CLIP: .*'text_projection'"),
-        ({k: x for k, x in small.items() if k != "visual.proj"}, "1 tensors differ.* 'visual.proj', is missing"),
+        ([1, 2], "expected one CLIP.*SigLIP.*, found 0: of 0 tensors"), ({"a": small, "b": dict(small)}, "found 2"),
+        (image, "not the weights of a whole CLIP .*KeyError: 'text_projection'"),
         (beside | {"model_ema": {"visualproj": proj}}, "would change .*'model_ema.visualproj'.*merge"),
         (beside | {"adapters": [one, one]}, "2 tensors that would"), (beside | {"state_dict.visual.proj": proj}, "two"),
-        ({long: {"a": small}}, "a name of 1000001 characters"), ({"vision_model.head.probe": one}, "SigLIP"),
-        ({"visual.trunk.x": one}, "a CLIP with a timm image tower"),
+        ({long: {"a": small}}, "a name of 1000001 characters"),
         (clip.CLIP(**SMALL | dict(vision_width=1280, vision_layers=1)).state_dict(), "width 1280, OpenAI's widest")]
     contents += [(small | {key: value}, message) for key, value, message in [
         ("visual.more", one, "another model: .*'visual.more', is unexpected"), (long, proj, "'x{60}', is unexpected"),
-        ("\n\x1b[2J", proj, r"'\\n\\x1b\[2J', is unexpected"), ("text.ln_final.bias", one, "'ln_final.bias' twice"),
-        ("visual.lora_A", one, "1 tensors that would change CLIP's weights, as 'visual.lora_A'"),
+        ("text.ln_final.bias", one, "'ln_final.bias' twice"), ("visual.lora_A", one, "would change .*'visual.lora_A'"),
         ("ln_final.bias", torch.zeros(3), r"ln_final.bias' has shape \(3,\)"),
         ("visual.proj", proj * torch.nan, "not finite"), ("visual.proj", proj * 1e30, "not finite or beyond 1e"),
-        ("visual.proj", proj.double() * 1e300, "not finite"), ("visual.proj", proj + 0j, "plain tensors"),
-        ("visual.proj", proj.to(torch.int8), "'visual.proj' is torch.int8, expected floats"),
+        ("visual.proj", proj + 0j, "plain tensors"), ("visual.proj", proj.to(torch.int8), "int8, expected floats"),
         ("visual.proj", one.expand(48, 10 ** 9), "larger tensors than it holds"),
         ("visual.conv1.weight", torch.zeros(200_000, 1, 1, 1), "has shape"),  # asks for 10^11 parameters
-        ("visual.layer1.0.conv1.weight", one, "a ResNet CLIP .*use a CLIP with .*ViT"),
-        ("token_embedding.weight", torch.zeros(100, 8), "has 100 tokens, CLIP's tokenizer has 49408"),
+        ("token_embedding.weight", torch.zeros(100, 8), r"'token_embedding.weight' has shape \(100"),
         ("logit_scale", torch.tensor(100.0), "its logit_scale is 100, expected the logarithm"),
         ("logit_scale", torch.tensor(0.07), "its logit_scale is 0.07, expected the logarithm")]]
     for content, message in contents:
@@ -126,9 +118,7 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
     refused(tmp_path / "absent.pt", "no CLIP file.*ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px")
     refused(Path(long), "no CLIP file x{200}: give")
     path.unlink()
-    refused(tmp_path, "a folder without open_clip_model.safetensors, ")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    refused(tmp_path, "weights in several files: join them")
+    refused(tmp_path, "a folder without open_clip_model.safetensors, .*save_pretrained")
 
 
 @pytest.mark.parametrize("name, ok", [("net-{:.8}.pth", 1), ("{}", 1), ("net-a0b1c2d3.pth", 0), ("a0b1c2d3" * 8, 0),
@@ -150,30 +140,29 @@ def test_damaged_safetensors_are_refused_and_take_no_memory(small, tmp_path):
     def join(header):
         return len(header).to_bytes(8, "little") + header + data
 
-    contents = [whole[:9], whole[:start - 1], whole[:-1], whole + b"\0", join(b'{"a":' + b"[" * 200_000), join(b"{}"),
-                join(b'{"a": 3}'), join(whole[8:start].replace(b'"', b"\xff", 1))]
-    contents += [n.to_bytes(8, "little") + whole[8:] for n in (2 ** 63, 2 ** 64 - 1, 10 ** 9, len(whole), 0, 1)]
-    values = {"shape": [[10 ** 12], [2 ** 62, 4], [0], [-48, -24], [1] * 100, [48, 24, 2], [10 ** 9] * 8],
-              "data_offsets": [[n + shift for n in place] for shift in (-8, 4, 10 ** 12, -10 ** 12)] + [
-                  header["text_projection"]["data_offsets"]], "dtype": ["F64", "F8_E4M3"]}
+    contents = [whole[:9], whole[:-1], whole + b"\0", join(b'{"a":' + b"[" * 200_000), join(b"{}"), join(b'{"a": 3}')]
+    contents += [n.to_bytes(8, "little") + whole[8:] for n in (2 ** 63, 10 ** 9, len(whole), 0)]
+    values = {"shape": [[10 ** 12], [2 ** 62, 4], [0], [-48, -24], [-1, 24], [1] * 100, [10 ** 9] * 8],
+              "data_offsets": [[n + shift for n in place] for shift in (-8, 4, 10 ** 12, -10 ** 12)],
+              "dtype": ["F64", "F8_E4M3"]}
     contents += [join(json.dumps(header | {name: header[name] | {key: value}}).encode())
                  for key, more in values.items() for value in more + JUNK]
     for content in contents:
         path.write_bytes(content)
         tracemalloc.start()
-        refused(path, "damaged|has dtype|no file of")
+        refused(path, "damaged|no file of")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < len(content) + 2_000_000, content[:200]  # 2 MB: the header as objects
 
 
-@pytest.mark.parametrize("more", [(), ("evil/constants.pkl",)])
-def test_a_hostile_archive_runs_nothing(more, tmp_path):
+def test_a_hostile_archive_runs_nothing(tmp_path):
     evil = type("Evil", (), {"__reduce__": lambda self: (os.system, (f"touch {tmp_path}/ran",))})()
-    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
-        for name in ("evil/data.pkl", "evil/version", *more):  # with constants.pkl it is TorchScript
-            archive.writestr(name, pickle.dumps(evil, protocol=2) if name.endswith("pkl") else "3\n")
-    refused(tmp_path / "evil.pt", "wants the class posix.system")
+    for more in ((), ("evil/constants.pkl",)):  # with constants.pkl it is TorchScript
+        with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+            for name in ("evil/data.pkl", "evil/version", *more):
+                archive.writestr(name, pickle.dumps(evil, protocol=2) if name.endswith("pkl") else "3\n")
+        refused(tmp_path / "evil.pt", "wants the class posix.system")
     assert not (tmp_path / "ran").exists()
 
 
@@ -218,17 +207,18 @@ def test_the_config_decides_what_no_shape_tells(small, folder, monkeypatch):
 
 def test_statistics_of_pictures(folder):
     """LAION's ViT-L/14 was trained with mean and std 0.5."""
-    found, half, pictures = [], [0.5] * 3, torch.rand(1, 3, 32, 32)
+    half, prints = (0.5, 0.5, 0.5), set()
     quick = with_(with_(OPEN_CLIP, "model_cfg.quick_gelu", True), "preprocess_cfg", {"mean": half, "std": half})
-    for config, beside in ((TRANSFORMERS, {}), (TRANSFORMERS, {"image_mean": half, "image_std": half}), (quick, {}),
-                           (TRANSFORMERS, {"do_normalize": False})):
+    for config, beside in ((TRANSFORMERS, {"image_mean": half, "image_std": half}), (quick, {})):
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "preprocessor_config.json").write_text(json.dumps(beside))
-        refused(folder, "do_normalize is False") if "do_normalize" in beside else found.append(clip.load(folder))
-    usual, ours, too = found
-    undone = (pictures * 2 - 1) * usual.visual.std + usual.visual.mean  # which usual normalises to the same
-    assert torch.allclose(ours.encode_image(pictures), usual.encode_image(undone), atol=1e-5)
-    assert clip.fingerprint(too) == clip.fingerprint(ours) != clip.fingerprint(usual)
+        tower = (model := clip.load(folder)).visual
+        assert tower.config["mean"] == tower.config["std"] == half and torch.cat([tower.mean, tower.std]).eq(0.5).all()
+        prints |= {clip.fingerprint(model)}
+    (folder / "config.json").write_text(json.dumps(TRANSFORMERS))
+    assert clip.fingerprint(clip.load(folder)) not in prints and len(prints) == 1
+    (folder / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    refused(folder, "do_normalize is False")
 
 
 def test_unusual_and_damaged_configs_are_refused(folder):
@@ -237,34 +227,25 @@ def test_unusual_and_damaged_configs_are_refused(folder):
             (TRANSFORMERS, "model_type", "siglip", "model_type is siglip, expected clip"),
             (TRANSFORMERS, "text_config.layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06"),
             (TRANSFORMERS, "vision_config.hidden_act", "gelu_new", "hidden_act is gelu_new"),
-            (TRANSFORMERS, "vision_config.hidden_act", "gelu", "in both towers the same"),
+            (TRANSFORMERS, "vision_config.hidden_act", "gelu", "the same in both towers"),
             (TRANSFORMERS, "text_config.eos_token_id", 1, "eos_token_id is 1"),
-            (TRANSFORMERS, "vision_config", None, "vision_config is None, expected a JSON object"),
-            (TRANSFORMERS, "vision_config.num_hidden_layers", 12, "another model's: vision_layers is 12 there"),
-            (TRANSFORMERS, "projection_dim", 512, "embed_dim is 512 there, 24 in the file"),
-            (TRANSFORMERS, "vision_config.image_size", 48, "image_resolution is 48 there, 32 in the file"),
-            (TRANSFORMERS, "text_config.intermediate_size", 2048, "transformer_hidden is 2048 there, 32"),
-            (OPEN_CLIP, "model_cfg.vision_cfg.mlp_ratio", 3.5, "vision_hidden is 168 there, 192 in the file"),
-            (OPEN_CLIP, "model_cfg.quick_gelu", 1, "quick_gelu is 1, expected true or false"),
+            (TRANSFORMERS, "vision_config.num_hidden_layers", 12, "another model's: vision_layers is 12 there, 2 in"),
+            (OPEN_CLIP, "model_cfg.text_cfg.width", 512, "transformer_width is 512 there, 8 in the file"),
+            (OPEN_CLIP, "model_cfg.quick_gelu", "x", "quick_gelu is x, expected true or false"),
             (TRANSFORMERS, "text_config.num_attention_heads", 3, "width of 8 cannot be split among 3 heads"),
             (OPEN_CLIP, "model_cfg.vision_cfg.act_kwargs", {"approximate": "tanh"}, "act_kwargs is {'approxi"),
-            (OPEN_CLIP, "model_cfg.text_cfg.no_causal_mask", True, "no_causal_mask is True"),
-            (OPEN_CLIP, "model_cfg.vision_cfg.layers", [3, 4, 6, 3], "the image tower is a ResNet, expected a ViT"),
-            (OPEN_CLIP, "preprocess_cfg.mean", [123.7, 116.3, 103.5], "mean is [123.7, 116.3, 103.5], expected three")]:
+            (OPEN_CLIP, "model_cfg.vision_cfg.layers", [3, 4, 6, 3], "layers is [3, 4, 6, 3], expected a whole number"),
+            (OPEN_CLIP, "preprocess_cfg.mean", [123.7, 116.3, 103.5], "mean is [123.7, 116.3, 103.5], expected three"),
+            (OPEN_CLIP, "preprocess_cfg.std", [1, 1, 0], "std is [1, 1, 0], expected three numbers of 0.001")]:
         config.write_text(json.dumps(with_(base, path, value)))
         refused(folder, re.escape(message))
-    for content in (b"", b"{", b"null", b"[1]", b"NaN", b"[" * 300_000, b'{"a":' * 100_000, b"\xff\xfe{}", b"{}",
-                    json.dumps(TRANSFORMERS).encode() + b" " * 1_000_000, b'{"model_cfg": 3}',
-                    b'{"model_type": "clip", "text_config": [], "vision_config": {}}',
-                    b'{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}, "preprocess_cfg": 7}'):
+    for content in (b"", b"null", b"[1]", b"[" * 300_000, b"\xff\xfe{}", b"{}", b'{"model_cfg": 3}'):
         config.write_bytes(content)
         refused(folder, "config.json: no config of a CLIP")
-    for base, path in [
-            *[(TRANSFORMERS, path) for path in ("text_config.num_attention_heads", "vision_config.hidden_size",
-              "text_config", "vision_config.hidden_act", "text_config.layer_norm_eps")],
-            *[(OPEN_CLIP, f"model_cfg.{path}") for path in ("vision_cfg.head_width", "text_cfg.heads", "text_cfg",
-              "vision_cfg.layers")], (OPEN_CLIP, "preprocess_cfg")]:
-        for junk in JUNK if path != "preprocess_cfg" else [{"std": junk} for junk in JUNK if junk]:
+    for base, path in ((TRANSFORMERS, "text_config.num_attention_heads"), (TRANSFORMERS, "vision_config.hidden_act"),
+                       (OPEN_CLIP, "model_cfg.vision_cfg.head_width"), (OPEN_CLIP, "model_cfg.text_cfg"),
+                       (OPEN_CLIP, "preprocess_cfg.std")):
+        for junk in filter(None, JUNK) if "std" in path else JUNK:
             config.write_text(json.dumps(with_(base, path, junk)))
             refused(folder, "config")
 
@@ -277,15 +258,13 @@ def test_downloads(monkeypatch, tmp_path, tiny_clip_file, capsys):
     files = {where[1]: b"other", where[2]: tiny_clip_file.read_bytes()}
     monkeypatch.setattr(clip, "CACHE", path.parent)
     monkeypatch.setitem(clip.MODELS, "tiny", (sha256, "tiny.pt"))
-    assert loading.HUB == "https://huggingface.co"
     with serve(files) as (base, asked):
         addresses = [address.replace("https://", base) for address in loading.ADDRESSES] + [base + "good/{file}"]
         monkeypatch.setattr(loading, "ADDRESSES", addresses)
         monkeypatch.setenv("HF_ENDPOINT", base + "mirror/")
         assert clip.load("tiny").remark is None and clip.load("tiny").visual.output_dim == 128
         assert [place for place, _ in asked] == where and list(clip.CACHE.iterdir()) == [path]
-        printed = capsys.readouterr().out
-        assert printed.count("downloading http") == 3 and printed.count("failed: ") == 2 and "404" in printed
+        assert capsys.readouterr().out.count("downloading http") == 3
         path.write_bytes(b"spoilt")
         with pytest.raises(clip.CLIPError, match="tiny.pt is damaged or another file: its sha256.* Delete it"):
             clip.load("tiny")
