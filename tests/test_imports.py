@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-LAYERS = ("support", "clip losses bodies", "clip_head", "model", "toy.sprites", "toy.world", "sources", "data",
+LAYERS = ("support", "clip losses bodies", "clip_head", "model", "toy.world", "sources", "data",
           "evaluate", "train predict", "toy.pretrain toy.render", "experiments", "tests")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 OUTSIDE = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}  # requirements.txt
