@@ -52,7 +52,7 @@ def download_dataset(name, root=None):
         raise DataError(f"--download is for {' and '.join(FETCHED)}, not for {name}: see docs/data.md")
     root, module = Path(root) if root else default_root(name), FETCHED[name]
     whole = all(place.exists() for place in places(root, module.INSIDE, module.TREE).values())
-    if whole and not any(root.glob(".download*")):  # what a killed call left
+    if whole and not (root / ".download").exists():  # of a killed call
         print(f"{name}: {root} has all its files, nothing to fetch", flush=True)
     else:
         with workshop(root) as folder:

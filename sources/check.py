@@ -66,13 +66,12 @@ def check(source, full=False):
 
 def check_table(source):
     """Proves for all 256 mask values, and so for every mask, that the losses cannot see an unseen class."""
-    names = [source.classes[k] for k in source.seen]  # of the labels that the losses see
     for value, label in enumerate(source.table(training=True).tolist()):
         k = source.values.get(value)
         right = (IGNORE, INVALID) if k is None or k in source.unseen else (source.seen.index(k),)
         if label not in right:
-            raise DataError(f"the mask value {value} of {source.name} would be trained as "
-                            f"{names[label] if label < len(names) else label}: this is a bug, please report it")
+            raise DataError(f"the mask value {value} of {source.name} would be trained as label {label}: this is a "
+                            "bug, please report it")
 
 
 def check_prompts(source):
@@ -86,9 +85,6 @@ def check_prompts(source):
                 raise DataError(f"a class of {source.name} is too long for CLIP: {error}") from None
 
 
-# ---------------------------------------------------------------- files
-
-
 def look_at(files, part, full):
     """-> [(file, pixels of each raw value)] of what can be read, and a line for each kind of fault in the rest."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -97,14 +93,14 @@ def look_at(files, part, full):
                        generator=torch.Generator())  # its own: a look changes no random number of the training
     read, kinds, progress = [], {}, Progress(f"{part} images", len(files), "read")
     for done, (file, (counts, fault)) in enumerate(zip(files, looks), 1):
-        if fault:  # the kind: without the names and numbers that differ from file to file
-            kind = fault.replace(str(file.image), "").replace(str(file.mask), "")
-            kinds.setdefault(re.sub(r"\(.*\)|\d+", "", kind), []).append((file.name, fault))
+        if fault:
+            kind = re.sub(r"\d+", "", fault.replace(str(file.image), "").replace(str(file.mask), ""))
+            kinds.setdefault(kind, (fault, []))[1].append(file.name)
         else:
             read.append((file, counts))
         progress.say(done)
-    return read, [fault + f" ({len(more) + 1} files have this fault, {', '.join(name for name, _ in more[:2])}"
-                  f"{', …' * (len(more) > 2)} too)" * bool(more) for (_, fault), *more in kinds.values()]
+    return read, [f"{fault} (in {len(names)} of {len(files)} files: {', '.join(names[:3])}{', …' * (len(names) > 3)})"
+                  for fault, names in kinds.values()]
 
 
 def look(file):
@@ -117,28 +113,20 @@ def look(file):
 
 def check_values(source, part, read, pixels):
     """Faults of raw values: are the masks shifted, converted, or of another class list? At most one line."""
-    K, first, last, these = len(source.classes), source.classes[0], source.classes[-1], f"{part} masks of {source.name}"
+    these, last = f"{part} masks of {source.name}", f"{len(source.classes) - 1} {source.classes[-1]}"
     held = [v for v in np.flatnonzero(pixels).tolist() if v != IGNORE]
     unknown = [v for v in held if v not in source.values and v not in source.void]
     bad = [file.mask.name for file, counts in read if counts[unknown].any()]
     some = f"{len(bad)} of {len(read)} {these}, such as {min(bad, default='')}, hold {', '.join(map(str, unknown[:5]))}"
-    if 0 in source.void:  # VOC, Context
-        right = f"expected 0 background, 1 {first} … {K} {last}: use the files as they come"
-        if len(read) >= 10 and not pixels[0]:
-            yield f"the {these} never hold 0, they look raised by one: {right}"
-        elif pixels[IGNORE] > pixels[0]:
-            yield f"the {these} hold more 255 (void) than 0 (background), they look lowered by one: {right}"
-        elif unknown:
-            yield f"{some}: {right}"
+    if 0 in source.void and (pixels[IGNORE] > pixels[0] or len(read) >= 10 and not pixels[0]):  # VOC, Context
+        yield (f"the {these} hold 0 (background) {pixels[0]:,} times, 255 (void) {pixels[IGNORE]:,} times: shifted by "
+               "one? Use the files as they come")
     elif source.expected and unknown:
-        yield (f"{some}, ids that stuffthingmaps never use, they look converted or shifted: use the files of "
-               "stuffthingmaps_trainval2017.zip as they come")
+        yield f"{some}, which is no class: shifted by one or converted? Use the files as they come"
     elif unknown:
-        mend = "lower all by one" if held == [*range(1, K + 1)] else \
-            "if 0 is background, make it 255 and lower the others by one; else add the missing class" \
-            if held == [*range(K + 1)] else "write each class as the number of its line, counted from 0, and 255 " \
-            f"where no class is (values here: {', '.join(map(str, held[:8]))}{' …' * (len(held) > 8)})"
-        yield f"{some}, but the {K} lines of classes.txt are 0 {first} … {K - 1} {last}: {mend}"
+        values = ", ".join(map(str, held[:8])) + " …" * (len(held) > 8)
+        yield (f"{some}, but the lines of classes.txt are 0 {source.classes[0]} … {last}: write each class as the "
+               f"number of its line, counted from 0, and 255 where no class or background is (values here: {values})")
     elif held == [0] and pixels[IGNORE] and part == "training":
         yield f"the {these} hold 0 and 255 alone, and 255 means no class: write 1 for the object, if 255 is the object"
     elif part == "training" and read and not any(source.values.get(v) in source.seen for v in held):
@@ -147,22 +135,13 @@ def check_values(source, part, read, pixels):
 
 
 def sample(source, part, read):
-    """The image with most classes, and its labels as indexes into all classes.
-
-    Of training images one that hides something is taken, if there is any."""
-    training, names, table = part == "training", torch.arange(256), source.table(part == "training")
+    """The image with most raw values, and its labels as indexes into all classes."""
+    training, indexes = part == "training", torch.arange(256)
     if training:
-        names[:len(source.seen)] = torch.tensor(source.seen)
-
-    def worth(item):
-        labels = table[np.flatnonzero(item[1])].unique()
-        return training and IGNORE in labels, len(labels)
-
-    _, image, labels = read_pair(max(read, key=worth)[0], table, len(source.classes))
-    return image, names[labels.long()]
-
-
-# ---------------------------------------------------------------- the command
+        indexes[:len(source.seen)] = torch.tensor(source.seen)
+    file, _ = max(read, key=lambda item: np.count_nonzero(item[1]))
+    _, image, labels = read_pair(file, source.table(training), len(source.classes))
+    return image, indexes[labels.long()]
 
 
 def main(args):

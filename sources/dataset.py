@@ -61,11 +61,11 @@ class DataSource:
             raise DataError(f"{self.name} has {len(self.seen)} seen of {len(self.classes)} classes, expected at least "
                             "2, as training tells classes apart: add classes, or name fewer of them as unseen")
         owner = {}
-        for name in self.classes:
+        for k, name in enumerate(self.classes):
             for word in filter(None, map(plain, name.split(","))):
-                if owner.setdefault(word, name) != name:
-                    raise DataError(f"{self.name}: the classes {short(owner[word])} and {short(name)} share the name "
-                                    f"{short(word)}, so text cannot tell them apart: remove it from one of them")
+                if (first := owner.setdefault(word, k)) != k:
+                    raise DataError(f"{self.name}: the classes {short(self.classes[first])} and {short(name)} share "
+                                    f"the name {short(word)}, so text cannot tell them apart: remove it from one")
 
     @property
     def seen(self):

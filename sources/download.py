@@ -5,12 +5,11 @@ the user put into the folder is used. An archive arrives as NAME.part; an interr
 byte. It gets its name once its checksum matches, whatever the server, and is deleted once it is unpacked.
 """
 import contextlib
-import errno
 import hashlib
 import os
-import re
 import shutil
 import tarfile
+import time
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,14 +17,11 @@ from http.client import HTTPException
 from urllib.request import Request, urlopen
 
 from sources.files import DataError
+from support.lock import take_lock
 from support.progress import Progress
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two downloads apart
-    fcntl = None
-
 TIMEOUT = 30  # seconds without an answer, then the next address
+WAIT = 5  # seconds between looks whether another download has ended
 CHUNK, MB = 1 << 20, 10**6
 
 
@@ -41,27 +37,15 @@ class Archive:
 @contextlib.contextmanager
 def workshop(root):
     """The folder `root/.download`, for one process at a time. It goes once the block has ended well."""
+    folder = root / ".download"
     root.mkdir(parents=True, exist_ok=True)
-    folder, lock = root / ".download", root / ".download.lock"
-    while True:
-        file = open(lock, "w")
-        with contextlib.suppress(AttributeError, OSError):  # Windows, or a disk without locks
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it dies with its process
-            except BlockingIOError:
-                print(f"another process downloads into {root}: waiting for it …", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-            break
-        file.close()  # its last owner has removed it
-    try:
+    while not (lock := take_lock(root / ".download.lock")):
+        print(f"another process downloads into {root}: waiting for it …", flush=True)
+        time.sleep(WAIT)
+    with lock:
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            lock.unlink()
-        file.close()
 
 
 def bring(dataset, root, wanted, folder):
@@ -71,27 +55,18 @@ def bring(dataset, root, wanted, folder):
     if wanted:
         reserve(dataset, root, list(wanted), folder)
     for archive, parts in wanted.items():
-        path, ours = fetch(archive, root, folder), folder / archive.name
-        try:
-            unpack(path, parts, folder / "unpacked")
-        except DataError as error:
-            ours.unlink(missing_ok=True)
-            raise DataError(f"{error}: run it again" + " without this file" * (path != ours)) from None
-        ours.unlink(missing_ok=True)
+        unpack(fetch(archive, root, folder), parts, folder / "unpacked")
+        (folder / archive.name).unlink(missing_ok=True)
 
 
 def reserve(dataset, root, archives, folder):
     """Prints what will be downloaded and how much disk it needs. Raises DataError if the disk is too small."""
-    stays = peak = arrived = 0
-    for archive in archives:  # one after the other: each is deleted before the next one comes
-        peak = max(peak, stays + archive.size + archive.unpacked)
-        stays += archive.unpacked
-        arrived += sum(path.stat().st_size for path in (root / archive.name, *folder.glob(f"{archive.name}*"))
-                       if path.exists())
-    free = shutil.disk_usage(root).free
-    size, disk, end, left = (f"{n / 1e9:.1f} GB" for n in (sum(a.size for a in archives), peak, stays, free))
-    text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size}; needs {disk} of disk at "
-            f"first and {end} in the end, {left} are free in {root}")
+    size, stays = sum(archive.size for archive in archives), sum(archive.unpacked for archive in archives)
+    peak = stays + max(archive.size for archive in archives)  # each is deleted before the next one comes
+    there = [path for path in (*folder.iterdir(), *(root / archive.name for archive in archives)) if path.is_file()]
+    free, arrived = shutil.disk_usage(root).free, sum(path.stat().st_size for path in there)
+    text = (f"{dataset}: fetching {', '.join(archive.name for archive in archives)}: {size / 1e9:.1f} GB; needs "
+            f"{peak / 1e9:.1f} GB of disk, keeps {stays / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {root}")
     if free < peak - arrived:
         raise DataError(f"{text}: make room, or name a folder on another disk with --data-root")
     print(text, flush=True)
@@ -102,7 +77,7 @@ def fetch(archive, root, folder):
     theirs, ours, partial = root / archive.name, folder / archive.name, folder / f"{archive.name}.part"
     if theirs.exists():
         if fault := differs(theirs, archive):
-            raise DataError(f"{theirs} is not the official archive ({fault}): run it again without this file")
+            raise DataError(f"{theirs} is not the official archive ({fault}): move it away and run it again")
         return theirs
     if ours.exists():  # of a call that ended before it was unpacked
         return ours
@@ -116,13 +91,12 @@ def fetch(archive, root, folder):
             os.replace(partial, ours)
             return ours
         except (OSError, HTTPException, ValueError) as error:  # refused, not found, too slow, cut off, another file
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise DataError(f"the disk of {root} is full: free some space and run it again, it continues") from None
             if getattr(error, "code", None) == 416 and not archive.md5:  # we have more than there is: another version
                 partial.unlink()
-            print(f"    failed: {str(error).strip() or type(error).__name__}", flush=True)
-    raise DataError(f"{archive.name} could not be downloaded from any of {len(archive.addresses)} addresses: try again "
-                    f"later, or get it yourself and put it at {theirs}" + f" (md5 {archive.md5})" * bool(archive.md5))
+            fault = str(error).strip() or type(error).__name__
+            print(f"    failed: {fault}", flush=True)
+    raise DataError(f"{archive.name} could not be downloaded from any of {len(archive.addresses)} addresses ({fault}): "
+                    f"run it again, it continues, or get it yourself and put it at {theirs}")
 
 
 def differs(path, archive):
@@ -141,18 +115,18 @@ def transfer(address, partial, archive):
         return  # the checksum says the rest
     with urlopen(Request(address, headers={"Range": f"bytes={have}-"} if have else {}), timeout=TIMEOUT) as answer:
         at = have if answer.status == 206 else 0  # where the answer starts; not all servers know ranges
-        kind = answer.headers.get_content_type()
-        said = answer.headers["Content-Range" if at else "Content-Length"]
-        match = re.fullmatch(rf"bytes {at}-\d+/(\d+)" if at else r"(\d+)", said or "")
-        if said and not match:
-            raise OSError(f"asked for the bytes from {have:,} on, its header says {said!r}")
-        size = int(match[1]) if match else archive.size if archive.md5 else float("inf")  # inf: until it ends
+        kind, said = answer.headers.get_content_type(), answer.headers["Content-Range"]
+        if at and not (said or "").startswith(f"bytes {at}-"):
+            raise OSError(f"asked for the bytes from {at:,} on, its header says {said!r}")
+        size = archive.size if archive.md5 else float("inf")  # inf: until it ends
+        if answer.length is not None:  # it has a plausible Content-Length
+            size = at + answer.length
         if archive.md5 and size != archive.size:
             raise OSError(f"it has {size:,} bytes there ({kind}), expected {archive.size:,}")
         progress = Progress(archive.name, archive.size // MB, "MB", have // MB)
         with open(partial, "ab") as file:
-            while at < size and (chunk := answer.read1(int(min(CHUNK, size - at)))):
-                if at == 0 and (kind == "text/html" or chunk[:512].isascii() and b"\0" not in chunk[:512]):
+            while at < size and (chunk := answer.read1(CHUNK)):
+                if at == 0 and b"\0" not in chunk[:512]:  # text; all headers of archives hold zeros
                     raise OSError(f"it sends {kind} and no archive: {chunk[:60]!r}")
                 file.write(chunk[max(have - at, 0):])
                 at += len(chunk)
@@ -182,9 +156,9 @@ def unpack(path, parts, scratch):
                 with tarfile.open(fileobj=file) as archive:
                     archive.extractall(scratch, wanted(archive), filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be unpacked ({error})") from None
+        raise DataError(f"{path} cannot be unpacked ({error}): move it away and run it again") from None
     if absent := [part for part in parts if not (scratch / part).exists()]:
-        raise DataError(f"{path} holds no {absent[0]}: it is not the official archive")
+        raise DataError(f"{path} holds no {absent[0]}, it is not the official archive: move it away and run it again")
     for part, place in parts.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch / part, place)

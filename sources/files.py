@@ -3,7 +3,6 @@ import contextlib
 import os
 import re
 import unicodedata
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,9 +42,6 @@ def short(name):
     return repr(name if len(name) <= 60 else name[:60] + "…")
 
 
-# ---------------------------------------------------------------- lists and folders
-
-
 def read_lines(path, numbered=False):
     """Text file -> its lines without spaces around them and without empty ones; UTF-8, or UTF-16 with its mark.
 
@@ -71,19 +67,16 @@ def list_files(folder, suffixes):
     """Folder -> {file name without suffix: path}, sorted, from one listing of the folder."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
-    with os.scandir(folder) as entries:  # hidden ones are not the user's: ._NAME.jpg is macOS's
-        kinds = sorted((entry.name, entry.is_file()) for entry in entries if not entry.name.startswith("."))
     files = {}
-    for path in (folder / name for name, is_file in kinds if is_file):  # no pipes, no folders
-        if path.suffix.lower() in suffixes:
-            stem = unicodedata.normalize("NFC", path.stem)
-            if stem in files:
-                raise DataError(f"{folder} holds {files[stem].name} and {path.name}: keep one of them")
-            files[stem] = path
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = folder / entry.name  # hidden ones are not the user's: ._NAME.jpg is macOS's
+        if path.suffix.lower() in suffixes and entry.is_file() and not entry.name.startswith("."):
+            other = files.setdefault(unicodedata.normalize("NFC", path.stem), path)
+            if other != path:
+                raise DataError(f"{folder} holds {other.name} and {path.name}: keep one of them")
     if not files:
-        found = f"it holds {kinds[0][0]}" if kinds else "it is empty"
-        raise DataError(f"no {' or '.join(suffixes)} file in {folder} itself: {found}"
-                        + "; masks must be PNG, as JPEG changes their values" * (suffixes == MASKS))
+        raise DataError(f"no {' or '.join(suffixes)} file in {folder} itself: folders in it are not searched, and "
+                        "masks must be PNG, as JPEG changes their values")
     return files
 
 
@@ -93,34 +86,15 @@ def pair_up(names, images, masks, listing, own=False):
     A name is only ever looked up, so it cannot lead out of the folders."""
     if not names:
         raise DataError(f"{listing} is empty: expected at least one name")
-    names = list(dict.fromkeys(name if name in images else without_suffix(name) for name in names))
+    names = list(dict.fromkeys(name if name in images else re.sub(r"(?i)\.(jpe?g|png)$", "", name) for name in names))
     for kind, files in (("image", images), ("mask", masks)):
         if missing := [name for name in names if name not in files]:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise DataError(f"{listing} names {short(missing[0])}{more}, but {next(iter(files.values())).parent} holds "
-                            f"no such {kind}: {advice(missing[0], files, images.keys() & masks.keys())}")
+            some = next(iter(files.values()))
+            raise DataError(f"{listing} names {short(missing[0])}{more}, but {some.parent} itself holds no {kind} of "
+                            f"that name ({some.name}, for example): image and mask must have the name in the list, "
+                            "letter for letter, and lie in no further folder")
     return [Pair(name, images[name], masks[name], own) for name in names]
-
-
-def without_suffix(name):
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in IMAGES else name
-
-
-def advice(name, files, whole):
-    """What to do about a name without a file: is it there in a subfolder, or called NAME_mask.png, NAME.heic?"""
-    base, some = without_suffix(re.split(r"[/\\]", name)[-1]), next(iter(files.values()))
-    if base in files:
-        return f"write it as {short(base)}, without folder"
-    like = re.compile(rf"{re.escape(base)}(?![^\W_])", re.IGNORECASE)  # a letter or digit more is another name
-    for path in some.parent.rglob("*") if base else ():
-        if like.match(unicodedata.normalize("NFC", path.name)) and path.is_file():
-            return f"found {path.relative_to(some.parent)}, expected {base}{some.suffix}"
-    return f"expected names like {min(whole)!r}, each with an image and a mask" if whole else \
-        f"{some.name} is there, but image and mask must have one name"
-
-
-# ---------------------------------------------------------------- images
 
 
 @contextlib.contextmanager
@@ -132,20 +106,9 @@ def opened(path, kind, formats, expected):
         with Image.open(path, formats=formats) as image:
             yield image
     except Exception as error:  # Pillow raises all sorts on damaged files
-        found = what_it_is(path) if isinstance(error, Image.UnidentifiedImageError) else error
-        if isinstance(error, Image.DecompressionBombError):
-            expected = f"at most {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels"
+        found = "damaged or another format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise DataError(f"cannot read the {kind} {path} ({found}): expected {expected}; replace it or leave it "
                         "out") from None
-
-
-def what_it_is(path):
-    """A file's true kind, whatever its name says."""
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        return f"it is {image.format}"
-    with open(path, "rb") as file:
-        start = file.read(16)
-    return "it is HEIC or AVIF" if start[4:8] == b"ftyp" else f"it starts with {start!r}" if start else "it is empty"
 
 
 def read_image(path, upright=False, own=False):
@@ -154,13 +117,11 @@ def read_image(path, upright=False, own=False):
     own: a picture that EXIF turns is refused, as its mask may be turned or not."""
     with opened(path, "image", FORMATS, f"an intact file in one of the formats {', '.join(FORMATS)}") as image:
         deep = image.mode[0] not in "IF" and ";16" in str(image.tile)  # of which Pillow takes the upper 8 bits
+        if own and image.getexif().get(ORIENTATION, 1) not in (0, 1):
+            raise ValueError("its EXIF note turns it, but not its mask: save it turned, without the note")
         shown = TF.pil_to_tensor(rgb(ImageOps.exif_transpose(image) if upright else image))
-        turned = own and image.getexif().get(ORIENTATION, 1) not in (0, 1)
-    if turned:
-        raise DataError(f"the image {path} is turned by its EXIF note, and masks are not: save it turned and without "
-                        "the note (Pillow's ImageOps.exif_transpose)")
-    if deep and shown.max() < 16:
-        raise DataError(f"the image {path} is black, as its 16 bits hold only values below 4,096: scale them to 8 bits")
+        if deep and shown.max() < 16:
+            raise ValueError("black: its 16 bits hold only values below 4,096, scale them to 8 bits")
     return shown
 
 
@@ -181,36 +142,18 @@ def rgb(image):
     return image.convert("RGB")
 
 
-# ---------------------------------------------------------------- masks
-
-
 def read_values(path):
     """Mask file -> raw values as they are stored, uint8 array (H, W): a palette's indexes, not its colours."""
     with opened(path, "mask", ("PNG",), "a whole PNG file") as image:
-        verify(path.read_bytes())
-        spread = {"L;2": 85, "L;4": 17}.get(image.tile[0][3])  # Pillow spreads grey of 2 and 4 bits over 0 to 255
-        mode, values = image.mode, np.array(image) // spread if spread else np.array(image)
-    if mode == "1":
-        raise DataError(f"the mask {path} has 1 bit a pixel, so that 1 and 255 look the same: save it with 8 bits")
-    if values.ndim == 3:  # RGB, RGBA, LA
-        equal = mode == "LA" or (values[..., :3] == values[..., :1]).all()
-        raise DataError(f"the mask {path} is {mode}, expected one channel with the class's index: " + (
-            "its channels are equal, so Pillow's image.getchannel(0).save(…) makes it right" if equal else
-            "write each colour's class index in its place, as an 8-bit grey PNG"))
-    if values.max(initial=0) > 255:
-        raise DataError(f"the mask {path} has 16 bits and holds the value {values.max()}: expected class indexes "
-                        f"below {INVALID}, and 255 where no class is")
-    return values.astype(np.uint8, copy=False)  # 16-bit files with small values are as good as 8-bit ones
-
-
-def verify(data):
-    """Raises ValueError if a PNG's bytes do not match its own checksums, which Pillow does not compare."""
-    at = 8
-    while data[at + 4:at + 8] != b"IEND":
-        end = at + 8 + int.from_bytes(data[at:at + 4])
-        if zlib.crc32(data[at + 4:end]).to_bytes(4) != data[end:end + 4]:
-            raise ValueError("it is damaged: a checksum differs")
-        at = end + 4
+        with Image.open(path, formats=["PNG"]) as checked:
+            checked.verify()  # PNG's checksums, which are not looked at where an image is unpacked
+        spread = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)  # Pillow spreads grey of 2 and 4 bits over 0 to 255
+        mode, values = image.mode, np.array(image)
+    highest = int(values.max(initial=0))
+    if mode == "1" or values.ndim > 2 or highest > 255:  # 1 bit: is that 0 and 1, or 0 and 255?
+        raise DataError(f"the mask {path} has Pillow's mode {mode} and values up to {highest}: expected one channel of "
+                        "8 bits, grey or palette, with each pixel's class index, and 255 where no class is")
+    return (values // spread).astype(np.uint8)  # 16-bit files with small values are as good as 8-bit ones
 
 
 def read_raw(pair):
@@ -218,10 +161,8 @@ def read_raw(pair):
     image, raw = read_image(pair.image, own=pair.own), read_values(pair.mask)
     if image.shape[1:] != raw.shape:
         (H, W), (h, w) = image.shape[1:], raw.shape
-        mend = "save the image turned as its EXIF note says" if (H, W) == (w, h) else \
-            "scale the mask to the image, by nearest neighbours"
         raise DataError(f"the image {pair.image} is {H}×{W} pixels, its mask {pair.mask} is {h}×{w}, expected one "
-                        f"size: {mend}")
+                        "size: turn or scale the mask as the image is, by nearest neighbours")
     return image, raw
 
 

@@ -11,16 +11,10 @@ TEMPLATES = tuple(PROTOCOL["coco-stuff"]["templates"])
 
 
 def open_folder(root, name, templates=TEMPLATES, recipe=FOLDER):
-    if not root.is_dir():
-        raise DataError(f"no folder {root}: expected a folder that holds images/, masks/, train.txt, val.txt and "
-                        "classes.txt (docs/data.md; python -m toy.world --root FOLDER draws one)")
     classes = read_lines(root / "classes.txt", numbered=True)
     if not classes or len(classes) > INVALID:
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, expected one for each class, {INVALID} at most "
                         "(masks have 8 bits)")
-    if twice := [c for i, c in enumerate(classes) if c in classes[:i]]:
-        raise DataError(f"{root}/classes.txt names {short(twice[0])} twice: give the second another name, or merge "
-                        "the two in the masks")
     unseen = read_lines(root / "unseen.txt") if (root / "unseen.txt").exists() else []
     if unknown := [c for c in unseen if c not in classes]:
         raise DataError(f"{root}/unseen.txt names {short(unknown[0])}, which is not a line of classes.txt: copy the "

@@ -2,7 +2,6 @@
 
 Sizes in a file are checked against its length before anything is made of them. Format: "MAT-File Format", MathWorks.
 """
-import math
 import struct
 import zlib
 
@@ -18,26 +17,25 @@ STRUCT, UINT8_ARRAY = 2, 9  # classes of arrays
 def read_segmentation(data, name):
     """Bytes of a .mat file -> GTcls.Segmentation, uint8 array (H, W). Raises DataError."""
     try:
-        if data[124:128] not in (b"\0\1IM", b"\1\0MI"):
+        if data[124:128] != b"\0\1IM":  # version 1, numbers of little-endian order
             raise ValueError(f"it starts with {data[:20]!r}")
-        order = "<" if data[126:128] == b"IM" else ">"
-        for kind, body in elements(data, order, 128):
+        for kind, body in elements(data, 128):
             if kind == COMPRESSED:
-                (kind, body), = elements(zlib.decompressobj().decompress(body, LIMIT), order)
+                (kind, body), = elements(zlib.decompressobj().decompress(body, LIMIT))
             if kind == MATRIX:
-                array_class, _, variable, rest = array(body, order)
+                array_class, _, variable, rest = array(body)
                 if variable == b"GTcls" and array_class == STRUCT:
-                    return segmentation(rest, order)
+                    return segmentation(rest)
         raise ValueError("no struct GTcls")
-    except (ValueError, StopIteration, struct.error, zlib.error) as error:
+    except (ValueError, KeyError, StopIteration, struct.error, zlib.error) as error:
         raise DataError(f"cannot read the mask {name} ({error}): expected SBD's file of MATLAB 5 with the uint8 "
                         "matrix GTcls.Segmentation; get SBD anew") from None
 
 
-def elements(data, order, at=0):
+def elements(data, at=0):
     """Yields (type, body) of one element after the other."""
     while at < len(data):
-        kind, size = struct.unpack_from(order + "II", data, at)
+        kind, size = struct.unpack_from("<II", data, at)
         start = at + 8
         if kind >> 16:  # the small form: size, type and at most 4 bytes of body in 8 bytes
             kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
@@ -47,27 +45,23 @@ def elements(data, order, at=0):
         at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != COMPRESSED else 0)
 
 
-def array(body, order):
+def array(body):
     """Body of a MATRIX -> its class, dimensions, name and the elements that follow."""
-    rest = elements(body, order)
+    rest = elements(body)
     flags, dimensions, name = (next(rest, (0, b""))[1] for _ in range(3))
-    shape = struct.unpack(f"{order}{len(dimensions) // 4}i", dimensions)
-    return struct.unpack_from(order + "I", flags)[0] & 0xFF, shape, name, rest
+    shape = struct.unpack(f"<{len(dimensions) // 4}i", dimensions)
+    return struct.unpack_from("<I", flags)[0] & 0xFF, shape, name, rest
 
 
-def segmentation(rest, order):
-    """Elements of the struct: length of a field's name, all names, then the fields' arrays."""
+def segmentation(rest):
+    """Elements of the struct, length of a field's name, all names, the fields' arrays -> the field Segmentation."""
     (_, width), (_, names) = next(rest), next(rest)
-    width, = struct.unpack(order + "i", width)
+    width, = struct.unpack("<i", width)
     if width < 1:
         raise ValueError("a struct without names")
     fields = [names[i:i + width].split(b"\0")[0] for i in range(0, len(names), width)]
-    for field, (_, body) in zip(fields, rest):
-        if field == b"Segmentation":
-            array_class, shape, _, parts = array(body, order)
-            kind, values = next(parts, (0, b""))
-            if array_class != UINT8_ARRAY or kind != UINT8 or len(shape) != 2 or min(shape) < 1 \
-                    or math.prod(shape) != len(values):
-                raise ValueError(f"Segmentation is no uint8 array of the size {shape}")
-            return np.frombuffer(values, np.uint8).reshape(shape, order="F").copy()
-    raise ValueError("no field Segmentation")
+    array_class, shape, _, parts = array(dict(zip(fields, (body for _, body in rest)))[b"Segmentation"])
+    kind, values = next(parts)
+    if (array_class, kind, len(shape)) != (UINT8_ARRAY, UINT8, 2) or min(shape) < 1:
+        raise ValueError(f"Segmentation is no uint8 array of the size {shape}")
+    return np.frombuffer(values, np.uint8).reshape(shape, order="F").copy()

@@ -20,7 +20,7 @@ TREE = {"JPEGImages": "17,125 .jpg of VOC 2012",
         "SegmentationClass": "2,913 .png of VOC 2012, palette as it comes: the test masks",
         AUG: "12,031 .png of VOC and SBD together: all that val.txt does not name are for training",
         VAL: "1,449 names"}
-SBD_PLACES = "benchmark_RELEASE/dataset/cls", "SBD/benchmark_RELEASE/dataset/cls", "SBD/cls", "SBD"  # unpacked by users
+SBD_MASKS = "benchmark_RELEASE/dataset/cls"
 COUNTS = 10582, 1449  # training, test images
 VOC = Archive("VOCtrainval_11-May-2012.tar", 1_999_639_040, "6cd6e144f989b92b3379bac3b3de84fd", (
     "http://thor.robots.ox.ac.uk/pascal/VOC/voc2012/", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
@@ -41,12 +41,10 @@ def open_voc(root):
 
 def download(root, folder):
     """Brings what is missing of the tree; `folder` is for what comes between."""
-    where, sbd, missing = places(root, INSIDE, TREE), folder / "SBD", {}
-    if theirs := [path for path in (root / place for place in SBD_PLACES) if any(path.glob("*.mat"))]:
-        sbd = theirs[0]
-    elif not where[AUG].exists():
-        missing = {SBD_PLACES[0]: sbd}
-    bring("voc", root, {VOC: {f"{INSIDE}/{part}": where[part] for part in TREE if part != AUG}, SBD: missing}, folder)
+    where, theirs = places(root, INSIDE, TREE), root / SBD_MASKS  # the user's, unpacked
+    sbd = theirs if theirs.exists() else folder / "SBD"
+    bring("voc", root, {VOC: {f"{INSIDE}/{part}": where[part] for part in TREE if part != AUG},
+                        SBD: {} if where[AUG].exists() else {SBD_MASKS: sbd}}, folder)
     if not where[AUG].exists():
         write_masks(list_files(sbd, (".mat",)), list_files(where["SegmentationClass"], MASKS), folder / "masks")
         os.replace(folder / "masks", where[AUG])

@@ -1,7 +1,6 @@
 """Archives from a server on this machine: whole or not at all, unpacked safely; SBD's mask files."""
 import contextlib
 import dataclasses
-import errno
 import io
 import re
 import shutil
@@ -10,15 +9,13 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import tracemalloc
 import zlib
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import command, run_inside
+from conftest import ROOT, command, run_inside
 from trees import draw_tree, mat, md5, pack, serve, under, voc_archives
 
 import sources
@@ -58,13 +55,9 @@ def chunked(body):
     (30_000, (WHOLE, 40_000), "ended after 40,000", 40_000),
     (0, answer(HTML, "Content-Type: text/html", "Content-Length: 52"), "52 bytes there .text/html.", 0),
     (9, answer(HTML, "Content-Type: text/html"), "sends text/html and no archive.*Sign in", 9),
-    (0, answer("Sorry, später".encode(), "Content-Type: text/html; charset=utf-8"), "sends text/html", 0),
-    (0, answer(b'{"error": "no such file"}', "Content-Type: application/gzip"), "no archive.*no such file", 0),
+    (0, answer("Sorry, später".encode(), "Content-Length: many"), "no archive", 0),
     (0, answer(b"%x\r\n" % len(WHOLE) + WHOLE[:60_000], "Transfer-Encoding: chunked"), "IncompleteRead", 60_000),
     (0, answer(chunked(WHOLE[:50_000]) + chunked(b""), "Transfer-Encoding: chunked"), "ended after 50,000", 50_000),
-    (0, answer(chunked(WHOLE[:50_000]) + b"junk", "Transfer-Encoding: chunked"), "IncompleteRead", 50_000),
-    (0, answer(WHOLE, "Content-Length: many"), "header says 'many'", 0),
-    (9, answer(WHOLE, "Content-Length: -1"), "header says '-1'", 9),
     (0, answer(WHOLE, f"Content-Length: {'9' * 30}"), "9,999,999.* bytes there", 0),
     (9, answer(WHOLE, "Content-Range: bytes 0-149999/150000", status="206 x"), "from 9 on, .* says 'bytes 0-", 9),
     (9, answer(b"", "Location: http://[x/", status="302 Found"), "Invalid", 9), (9, [b"hello\r\n\r\n"], "hello", 9),
@@ -75,7 +68,7 @@ def test_an_address_that_fails_leaves_what_is_right(there, answered, fault, kept
     if there:
         partial.write_bytes(WHOLE[:there])
     with serve({"/set.tar": answered, "/whole/set.tar": WHOLE}) as (server, asked):
-        with pytest.raises(sources.DataError, match=f"from any of 1 addresses: .* {tmp_path}/set.tar .md5 {SET.md5}"):
+        with pytest.raises(sources.DataError, match=f"from any of 1 addresses .*{fault}.* at {tmp_path}/set.tar"):
             fetch(tmp_path, server)
         assert re.fullmatch(f"{server}set.tar\n    failed: [^\n]*{fault}[^\n]*\n", capsys.readouterr().out)
         assert (partial.read_bytes() if partial.exists() else b"") == WHOLE[:kept]
@@ -117,7 +110,7 @@ def test_what_the_user_put_there_is_used_or_named_and_never_deleted(tmp_path):
     assert fetch(tmp_path, NOBODY).read_bytes() == WHOLE
     path = tmp_path / "set.tar"
     path.write_bytes(WHOLE[:-1])
-    with pytest.raises(sources.DataError, match="set.tar is not the official archive .its md5 .*: run"):
+    with pytest.raises(sources.DataError, match="set.tar is not the official archive .its md5 .*: move it"):
         fetch(tmp_path)
     data = pack(path, {"pictures/a.jpg": b"a"}).read_bytes()
     mine = dataclasses.replace(SET, md5=md5(data))
@@ -130,46 +123,29 @@ def test_what_the_user_put_there_is_used_or_named_and_never_deleted(tmp_path):
     assert names(tmp_path / "in/pictures") == ["a.jpg"] and (tmp_path / "link").is_symlink()
 
 
-def test_downloads_take_turns_and_a_killed_one_frees_its_place(tmp_path, capsys):
-    root, inside, most = tmp_path / "data", [], []
-    root.mkdir()
-    code = f"import fcntl, time; file = open({str(root / '.download.lock')!r}, 'w'); " \
-           "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(100)"
-
-    def hold():
-        with download.workshop(root) as folder:
-            most.append(len(inside))
-            inside.append((folder / "set.tar.part").touch())
-            time.sleep(0.1)
-            inside.pop()
-
-    threads = [threading.Thread(target=hold, daemon=True) for _ in range(3)]
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as killed:
-        killed.stdout.readline()
-        for thread in threads:
-            thread.start()
-        time.sleep(0.5)
-        assert not most
-        killed.kill()
-    for thread in threads:
-        thread.join(60)
-    assert most == [0, 0, 0] and names(root) == [] and capsys.readouterr().out.count("waiting") >= 3
+def test_downloads_take_turns_and_a_killed_one_frees_its_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(download, "WAIT", 0.1)
+    code = f"import pathlib, sources\nwith sources.workshop(pathlib.Path({str(tmp_path)!r})):\n" \
+           "    print(flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, cwd=ROOT) as other:
+        other.stdout.readline()
+        threading.Timer(0.5, other.kill).start()
+        with download.workshop(tmp_path) as folder:
+            assert other.poll() is not None and names(tmp_path) == [folder.name, ".download.lock"]
+    assert not folder.exists() and "another process downloads into" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, monkeypatch):
-    big, disk = dataclasses.replace(SET, size=4 * 10**9, addresses=(NOBODY,)), SimpleNamespace(free=5.01e9)
+    big, disk = dataclasses.replace(SET, size=4 * 10**9, addresses=(NOBODY,)), SimpleNamespace(free=6.01e9)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: disk)
-    download.reserve("voc", tmp_path, [big, SET], tmp_path)  # one after the other
-    disk.free = 4.99e9
-    with pytest.raises(sources.DataError, match="4.0 GB; needs 5.0 GB of disk at first and 1.0 GB in the end, 5.0 GB"):
-        download.bring("voc", tmp_path, {big: {"pictures": tmp_path / "pictures"}}, tmp_path)
+    download.reserve("voc", tmp_path, [big, SET], tmp_path)
+    disk.free = 5.99e9
+    with pytest.raises(sources.DataError, match="4.0 GB; needs 6.0 GB of disk, keeps 2.0 GB, 6.0 GB are free .*: make"):
+        download.bring("voc", tmp_path, {big: {"a": tmp_path / "a"}, SET: {"b": tmp_path / "b"}}, tmp_path)
     with open(tmp_path / "set.tar.part", "wb") as file:
         file.truncate(4 * 10**9)  # without taking disk: what has arrived needs no more room
-    disk.free = 1.1e9
+    disk.free = 1.1e9  # of which the images need 1
     download.reserve("voc", tmp_path, [big], tmp_path)
-    monkeypatch.setattr(download, "transfer", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(sources.DataError, match="the disk of .* is full: free some space and run it again"):
-        fetch(tmp_path, NOBODY)
 
 
 @pytest.mark.parametrize("kind", ["tar", "tgz", "zip"])
@@ -226,7 +202,7 @@ def test_voc_from_an_empty_folder(official, tmp_path, monkeypatch):
     assert status == 0 and text.startswith("voc: fetching VOCtrainval_11-May-2012.tar, benchmark.tgz: 0.0 GB"), words
     assert "\nvoc: 12 training images, 3 test images, 15 seen classes, 5 unseen\n" in text and len(asked) == 2
     tree, masks = root / "VOCdevkit/VOC2012", root / "VOCdevkit/VOC2012/SegmentationClassAug"
-    assert names(root) == ["VOCdevkit"]  # archives and what came between are gone
+    assert names(root) == [".download.lock", "VOCdevkit"]  # archives and what came between are gone
     assert names(tree) == ["ImageSets", "JPEGImages", "SegmentationClass", "SegmentationClassAug"]
     assert under(masks) == under(drawn / "SegmentationClassAug")  # where VOC has a mask, SBD's says something else
     text = command(tmp_path, "data.py", *flags).stdout  # in a process of its own, without the server
@@ -242,7 +218,7 @@ def test_voc_from_an_empty_folder(official, tmp_path, monkeypatch):
         sources.download_dataset("voc", root)
     assert not masks.exists()  # all masks are made or none
     sources.download_dataset("voc", root)  # goes on from what came
-    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12 and names(root) == ["VOCdevkit"]
+    assert len(asked) == 4 and len(sources.open_dataset("voc", root).train) == 12 and not (root / ".download").exists()
     (tmp_path / "benchmark.tgz").rename(root / "benchmark.tgz")  # the user's own, packed and unpacked: used, and stay
     for extra in ([], ["benchmark_RELEASE"]):
         shutil.rmtree(masks)
@@ -253,7 +229,7 @@ def test_voc_from_an_empty_folder(official, tmp_path, monkeypatch):
         (root / ".download").mkdir()
         sources.download_dataset("voc", root)
         assert under(masks) == under(drawn / "SegmentationClassAug") and len(asked) == 4
-        assert names(root) == ["VOCdevkit", "benchmark.tgz", *extra]
+        assert names(root) == [".download.lock", "VOCdevkit", "benchmark.tgz", *extra]
 
 
 def test_coco_stuff_from_its_three_archives(official, tmp_path):
@@ -264,6 +240,7 @@ def test_coco_stuff_from_its_three_archives(official, tmp_path):
         "MAPS": pack(tmp_path / "stuffthingmaps_trainval2017.zip", under(tree / "stuffthingmaps"))})
     for _ in range(2):
         sources.download_dataset("coco-stuff", root)
+    (root / ".download.lock").unlink()
     assert len(asked) == 3 and under(root) == under(tree)
     assert len(sources.open_dataset("coco-stuff", root).train) == 12
 
@@ -280,19 +257,16 @@ def test_masks_equal_scipys():
         scipy_io.savemat(out, {"other": mask.T, "GTcls": fields, "GTinst": fields}, do_compression=i % 3 == 0,
                          long_field_names=i % 5 == 0, oned_as="row" if i % 4 else "column")
         assert np.array_equal(read_segmentation(out.getvalue(), "x"), mask)
-        big = mat(mask, ">", compressed=bool(i % 2))  # scipy writes this machine's order alone, but reads both
-        assert np.array_equal(scipy_io.loadmat(io.BytesIO(big))["GTcls"]["Segmentation"][0, 0], mask)
-        assert np.array_equal(read_segmentation(big, "x"), mask)
 
 
 def test_damaged_and_hostile_masks_give_one_line_and_take_no_memory():
     rng, mask, refused = np.random.RandomState(1), np.random.RandomState(0).randint(0, 21, (40, 50)).astype(np.uint8), 0
-    good = [mat(mask, order, compressed) for order in "<>" for compressed in (False, True)]
+    good = [mat(mask, compressed) for compressed in (False, True)]
     bomb = zlib.compress(struct.pack("<II", 14, 1 << 30) + bytes(1 << 27))  # 128 MB in 128 kB
     files = [good[0][:128] + struct.pack("<II", 15, len(bomb)) + bomb]
     files += [good[0][:at] + struct.pack("<i", 0x7FFFFFF0) + good[0][at + 4:] for at in range(128, 600, 4)]
     for i in range(160):
-        data = bytearray(good[i % 4])
+        data = bytearray(good[i % 2])
         data[rng.randint(128 * (i % 3 > 0), min(len(data), 500))] = rng.randint(256)
         files.append(bytes(data[:rng.randint(len(data))] if i % 5 == 0 else data))
     tracemalloc.start()

@@ -127,21 +127,21 @@ def voc_archives(tree, folder):
     return pack(folder / "VOCtrainval_11-May-2012.tar", files), pack(folder / "benchmark.tgz", sbd)
 
 
-def mat(mask, order="<", compressed=True):
+def mat(mask, compressed=True):
     """SBD's file of a mask, written after the format's description: a struct GTcls with the field Segmentation."""
     def element(kind, body):
-        return struct.pack(order + "II", kind, len(body)) + body + bytes(-len(body) % 8)
+        return struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8)
 
     def array(number, shape, name, body):
-        return element(14, element(6, struct.pack(order + "II", number, 0)) +
-                       element(5, struct.pack(f"{order}2i", *shape)) + element(1, name) + body)
+        return element(14, element(6, struct.pack("<II", number, 0)) + element(5, struct.pack("<2i", *shape)) +
+                       element(1, name) + body)
 
-    names = element(5, struct.pack(order + "i", 32)) + element(1, b"Segmentation".ljust(32, b"\0"))
+    names = element(5, struct.pack("<i", 32)) + element(1, b"Segmentation".ljust(32, b"\0"))
     data = array(2, (1, 1), b"GTcls", names + array(9, mask.shape, b"", element(2, mask.tobytes(order="F"))))
     if compressed:
         packed = zlib.compress(data)
-        data = struct.pack(order + "II", 15, len(packed)) + packed
-    return b"".ljust(124) + struct.pack(order + "H2s", 0x100, b"IM" if order == "<" else b"MI") + data
+        data = struct.pack("<II", 15, len(packed)) + packed
+    return b"".ljust(124) + b"\0\1IM" + data
 
 
 @contextlib.contextmanager
