@@ -11,6 +11,7 @@ import torch
 
 from support import UserError, first_line
 from support.archive import check_tensors, read_archive
+from support.lock import take_lock
 from support.processes import from_first, rank, world_size
 
 FORMAT = 3  # of the file; raise it when older ones can no longer be read
@@ -192,19 +193,9 @@ def differences(was, now, may_change):
 
 
 def lock(folder):
-    """Until this process ends, no other may train in `folder`. Loader processes do not hold the lock."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise CheckpointError(f"{folder} is in use by another training: let it end, or give another "
-                              "--out-dir") from None
-    except OSError:  # a file system without locks
-        pass
+    """Until this process ends, no other may train in `folder`."""
+    if not (file := take_lock(folder / ".lock")):
+        raise CheckpointError(f"{folder} is in use by another training: let it end, or give another --out-dir")
     LOCKS.append(file)
 
 
