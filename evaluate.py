@@ -74,7 +74,7 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
     if gamma is not None and not abs(gamma) <= UNSEEN_ALONE:  # NaN neither
         raise UserError(f"--gamma {gamma}: expected a number up to {UNSEEN_ALONE:g}")
-    K, size = len(source.classes), test_size(source)
+    K, recipe = len(source.classes), source.recipe
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
     gammas = {"gamma_0": 0.0, **({} if gamma is None else {"calibrated": gamma}),
               **({"unseen_only": UNSEEN_ALONE} if unseen_only else {})}
@@ -89,13 +89,14 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     model.eval()
     with torch.inference_mode(), processes.autocast(device, precision):  # one context: weights are cast once
         while some := list(islice(items, PICTURES.get(device.type, 1))):
-            found = windows.label(model.logits, [image for image, *_ in some], *size, lower_by)
+            found = windows.label(model.logits, [image for image, *_ in some], recipe.short_side, recipe.window,
+                                  recipe.stride, lower_by)
             for (_, truth, name), maps in zip(some, found):
                 truth = truth.to(device, non_blocking=True)
                 for matrix, labels in zip(matrices, maps):  # maps (G, H, W)
                     matrix += confusion(truth, labels, K)
                 if predictions:
-                    pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png")
+                    pictures.save_mask(maps[0].cpu(), predictions / f"{name}.png", pictures.MARK)
             done += len(some)
             if processes.rank() == 0:
                 progress.say(done)
@@ -114,10 +115,6 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
         result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
                                  "IoU": {name: alone["IoU"][name] for name in names}}
     return result
-
-
-def test_size(source):
-    return source.recipe.short_side, source.recipe.window, source.recipe.stride
 
 
 # ---------------------------------------------------------------- what people see
@@ -148,14 +145,14 @@ def preview(model, source, device, precision, images=6, among=50):
     """Test images, two per row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
 
     Of the first `among` images those that show an unseen class come first. Void is white, in the prediction too."""
-    view, size, samples, shown = data.ValSet(source), test_size(source), [], set()
+    view, recipe, samples, shown = data.ValSet(source), source.recipe, [], set()
     nothing = torch.zeros(1, len(source.classes), device=device)  # taken off the logits
     first = [view[i] for i in range(min(among, len(view)))]
     first.sort(key=lambda item: not source.unseen & set(item[1].unique().tolist()))  # else in their own order
     for image, truth, _ in first[:images]:
         with processes.autocast(device, precision):
-            labels = windows.label(model.logits, [image], *size, nothing)[0][0].cpu()
-        labels = labels.masked_fill(truth == IGNORE, IGNORE)
+            labels = windows.label(model.logits, [image], recipe.short_side, recipe.window, recipe.stride, nothing)[0]
+        labels = labels[0].cpu().masked_fill(truth == IGNORE, IGNORE)
         shown |= set(truth.unique().tolist()) | set(labels.unique().tolist())
         samples.append([image, pictures.coloured(truth), pictures.coloured(labels)])
     names = {k: name.split(",")[0] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
@@ -165,7 +162,8 @@ def preview(model, source, device, precision, images=6, among=50):
 
 def report(result, model, source, device, precision, out):
     """Prints the table, writes metrics.json and preview.png into `out`."""
-    atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    made = json.dumps(result | processes.provenance(device), indent=1)
+    atomic(out / "metrics.json", lambda path: path.write_text(made + "\n"))
     pictures.save(preview(model, source, device, precision), out / "preview.png")
     print(f"{table(result, source)}\nwrote {out}/metrics.json and preview.png", flush=True)
 
@@ -236,7 +234,8 @@ def unfinished(config):
 def main(args):
     device = processes.start(args.device)
     checkpoint = args.checkpoint or args.run or processes.from_first(newest_run)
-    checkpoint = checkpoint / "last.pt" if checkpoint.is_dir() else checkpoint
+    if checkpoint.is_dir() or args.run and not checkpoint.is_file():
+        checkpoint /= "last.pt"
     model, config = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
@@ -247,8 +246,7 @@ def main(args):
     precision = args.precision or config.get("precision", "fp32")
     result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
     departures = filter(None, (config.get("departures"), args.short_side and f"test short side {args.short_side}"))
-    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(departures),
-               "made_with": processes.provenance(device)}
+    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(departures)}
     if processes.rank() == 0:
         if remark := unfinished(config):
             print(remark, flush=True)

@@ -151,10 +151,10 @@ def write(image, labels, names, out, stem, about):
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[IGNORE] / labels.numel()
-    about = {"made by": pictures.MARK, **about, "width": labels.shape[1], "height": labels.shape[0], "classes": share,
+    about = {"software": pictures.MARK, **about, "width": labels.shape[1], "height": labels.shape[0], "classes": share,
              "none": none}
-    pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png")
-    pictures.save_mask(labels, out / f"{stem}.mask.png")
+    pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png", pictures.MARK)
+    pictures.save_mask(labels, out / f"{stem}.mask.png", pictures.MARK)
     atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
     return share | {"none": none}
 
@@ -173,7 +173,7 @@ def main(args):
     for file in files:
         try:
             if pictures.ours(file):
-                raise DataError(f"{file} was written by this project: expected a picture")
+                raise DataError(f"{file} was written by predict.py or evaluate.py: expected a picture")
             image = as_tensor(file)
             labels, names = segment(image, args.classes, checkpoint, args.other, args.threshold, args.gamma,
                                     args.device, args.clip, args.short_side, args.precision)

@@ -304,8 +304,7 @@ def test(args, device, source, model, config, log):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     result = evaluate.evaluate(model, source, device, args.precision)
-    result |= {"checkpoint": str(log.out / "last.pt"), "precision": args.precision, "departures": config["departures"],
-               "made_with": config["made_with"]}
+    result |= {"checkpoint": str(log.out / "last.pt"), "precision": args.precision, "departures": config["departures"]}
     if processes.rank() == 0:
         evaluate.report(result, model, source, device, args.precision, log.out)
         log.scores(result["gamma_0"])

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from support.checkpoint import atomic
 
-MARK = "written by Chimera-Seg"  # in every PNG file, and in predict.py's JSON files
+MARK = "labelled by Chimera-Seg"  # in the files of predict.py, and in evaluate.py's label maps
 SHORTEST, LONGEST = 640, 1600  # pixels of an overlay's longer side: text can be read, files stay small
 PAINT = 0.5  # of the class's colour over the picture
 LINES = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (148, 103, 189))  # of the curves
@@ -47,14 +47,15 @@ def as_image(picture):
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
-def save(image, path):
+def save(image, path, mark=""):
     info = PngInfo()
-    info.add_text("Software", MARK)
+    if mark:
+        info.add_text("Software", mark)
     atomic(path, lambda partial: image.save(partial, "PNG", pnginfo=info))
 
 
 def ours(path):
-    """Was this file written here? Only such files are replaced by predict.py, and none of them is labelled."""
+    """Has this file the MARK? Only such files are replaced by label maps, and predict.py labels none of them."""
     return path.is_file() and MARK.encode() in path.open("rb").read(2000)
 
 
@@ -62,11 +63,11 @@ def foreign(path):
     return path.exists() and not ours(path)
 
 
-def save_mask(mask, path):
+def save_mask(mask, path, mark=""):
     """uint8 class indexes (H, W), tensor or array -> a PNG that holds them, with the colours as its palette."""
     image = Image.fromarray(np.asarray(mask))
     image.putpalette(COLOURS.tobytes())
-    save(image, path)
+    save(image, path, mark)
 
 
 def percent(share):

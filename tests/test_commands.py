@@ -83,7 +83,7 @@ def test_a_run_leaves_its_files_and_says_what_it_does(run):
         assert line["sgd_chance"] == pytest.approx(np.log(candidates))
         assert 0 <= line["clipped"] <= 1 and line["norm"] > 0
     assert result.keys() == {"gamma_0", "dataset", "images", "checkpoint", "unseen", "precision", "departures",
-                             "made_with"}
+                             "commit", "torch", "torchvision", "device"}
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert lines[2]["hIoU"] == result["gamma_0"]["hIoU"] and Image.open(out / "preview.png").size[0] == 6 * 128 + 5 * 6
     assert all(re.search(rf"^{name} ( |\*)", text, re.M) for name in world.CLASSES)

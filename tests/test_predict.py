@@ -213,7 +213,7 @@ def test_nothing_of_the_users_is_labelled_twice_or_lost(run, photo, tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == want
         assert "labelling tool" in (tmp_path / "a.json").read_text()
     status, words, _ = run_inside(predict, tmp_path / "zz.mask.png", "--run", run, "--device", "cpu")
-    assert status == 1 and "zz.mask.png was written by this project" in words
+    assert status == 1 and "zz.mask.png was written by predict.py or evaluate.py" in words
     (run.parent / "maps").mkdir()
     shutil.copy(photo, run.parent / "maps/c.png")  # a mask, perhaps, that a person drew
     words = run_inside(evaluate, "--run", run, "--device", "cpu", "--save-predictions", run.parent / "maps")[2]
