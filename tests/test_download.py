@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import tracemalloc
+import zipfile
 import zlib
 from types import SimpleNamespace
 
@@ -24,12 +25,16 @@ from sources import coco_stuff, download, voc
 from sources.matlab import read_segmentation
 
 NOBODY = "http://127.0.0.1:9/"
-WHOLE = np.random.RandomState(0).bytes(150_000)
-SET = download.Archive("set.tar", len(WHOLE), md5(WHOLE), (), 10**9)
+NOISE, LOOSE_ZIP = np.random.RandomState(0).bytes(150_000), io.BytesIO()
+with zipfile.ZipFile(LOOSE_ZIP, "w") as file:
+    file.writestr("pictures/a.jpg", NOISE)
+SET = download.Archive("set.tar", len(NOISE), md5(NOISE), (), 10**9)
+LOOSE = download.Archive("set.zip", 10**6, None, (), 10**9)  # without a checksum
+WHOLE = {SET: NOISE, LOOSE: LOOSE_ZIP.getvalue()}
 HTML = b"<!doctype html><title>Sign in to the network</title>"
 
 
-def fetch(root, *addresses, archive=SET):
+def fetch(root, archive, *addresses):
     (root / ".download").mkdir(exist_ok=True)
     return download.fetch(dataclasses.replace(archive, addresses=addresses), root, root / ".download")
 
@@ -46,72 +51,52 @@ def chunked(body):
     return b"%x\r\n%b\r\n" % (len(body), body)
 
 
-@pytest.mark.parametrize("there, answered, fault, kept", [  # .part before the call, the server's answer, .part after
-    (0, None, "404", 0),
-    (0, WHOLE[:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0),
-    (0, WHOLE[:-1], "149,999 bytes there .*, expected 150,000", 0),
-    (0, (WHOLE, 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
-    (30_000, (WHOLE, 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and comes less far than before
-    (30_000, (WHOLE, 40_000), "ended after 40,000", 40_000),
-    (0, answer(HTML, "Content-Type: text/html", "Content-Length: 52"), "52 bytes there .text/html.", 0),
-    (9, answer(HTML, "Content-Type: text/html"), "sends text/html and no archive.*Sign in", 9),
-    (0, answer("Sorry, später".encode(), "Content-Length: many"), "no archive", 0),
-    (0, answer(b"%x\r\n" % len(WHOLE) + WHOLE[:60_000], "Transfer-Encoding: chunked"), "IncompleteRead", 60_000),
-    (0, answer(chunked(WHOLE[:50_000]) + chunked(b""), "Transfer-Encoding: chunked"), "ended after 50,000", 50_000),
-    (0, answer(WHOLE, f"Content-Length: {'9' * 30}"), "9,999,999.* bytes there", 0),
-    (9, answer(WHOLE, "Content-Range: bytes 0-149999/150000", status="206 x"), "from 9 on, .* says 'bytes 0-", 9),
-    (9, answer(b"", "Location: http://[x/", status="302 Found"), "Invalid", 9), (9, [b"hello\r\n\r\n"], "hello", 9),
-])
-def test_an_address_that_fails_leaves_what_is_right(there, answered, fault, kept, tmp_path, capsys):
-    partial = tmp_path / ".download/set.tar.part"
+@pytest.mark.parametrize("archive, there, answered, fault, kept", [  # .part before the call, the answer, .part after
+    (SET, 0, None, "404", 0),
+    (SET, 0, WHOLE[SET][:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0),
+    (SET, 0, WHOLE[SET][:-1], "149,999 bytes there .*, expected 150,000", 0),
+    (SET, 0, (WHOLE[SET], 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
+    (SET, 30_000, (WHOLE[SET], 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and sends less than before
+    (SET, 30_000, (WHOLE[SET], 40_000), "ended after 40,000", 40_000),
+    (SET, 0, answer(HTML, "Content-Type: text/html", "Content-Length: 52"), "52 bytes there .text/html.", 0),
+    (SET, 9, answer(HTML, "Content-Type: text/html"), "sends text/html and no archive.*Sign in", 9),
+    (SET, 0, answer("Sorry, später".encode(), "Content-Length: many"), "no archive", 0),
+    (SET, 0, answer(b"%x\r\n" % 150_000 + WHOLE[SET][:60_000], "Transfer-Encoding: chunked"), "IncompleteRead", 60_000),
+    (SET, 0, answer(chunked(WHOLE[SET][:50_000]) + chunked(b""), "Transfer-Encoding: chunked"), "after 50,000", 50_000),
+    (SET, 0, answer(b"", f"Content-Length: {'9' * 30}"), "9,999,999.* bytes there", 0),
+    (SET, 9, answer(b"", "Content-Range: bytes 0-149999/150000", status="206 x"), "from 9 on, .* says 'bytes 0-", 9),
+    (SET, 9, answer(b"", "Location: http://[x/", status="302 Found"), "Invalid", 9),
+    (SET, 9, [b"hello\r\n\r\n"], "hello", 9),
+    (LOOSE, 90_000, None, "404", 90_000),
+    (LOOSE, 0, answer(HTML, "Content-Length: 52"), "no archive", 0),
+    (LOOSE, 0, bytes(900), "no whole zip", 0),
+    (LOOSE, 90_000, answer(b"", "Content-Range: bytes */70", status="416 x"), "416", 0),  # another version, shorter
+    (LOOSE, 0, (WHOLE[LOOSE], 70_000), "ended after 70,000", 70_000)])
+def test_an_address_that_fails_leaves_what_is_right(archive, there, answered, fault, kept, tmp_path, capsys):
+    whole, name, partial = WHOLE[archive], archive.name, tmp_path / f".download/{archive.name}.part"
     partial.parent.mkdir()
     if there:
-        partial.write_bytes(WHOLE[:there])
-    with serve({"/set.tar": answered, "/whole/set.tar": WHOLE}) as (server, asked):
-        with pytest.raises(sources.DataError, match=f"from any of 1 addresses .*{fault}.* at {tmp_path}/set.tar"):
-            fetch(tmp_path, server)
-        assert re.fullmatch(f"{server}set.tar\n    failed: [^\n]*{fault}[^\n]*\n", capsys.readouterr().out)
-        assert (partial.read_bytes() if partial.exists() else b"") == WHOLE[:kept]
+        partial.write_bytes(whole[:there])
+    with serve({f"/{name}": answered, f"/whole/{name}": whole}) as (server, asked):
+        with pytest.raises(sources.DataError, match=f"from any of 1 addresses .*{fault}.* at {tmp_path}/{name}"):
+            fetch(tmp_path, archive, server)
+        assert re.fullmatch(f"{server}{name}\n    failed: [^\n]*{fault}[^\n]*\n", capsys.readouterr().out)
+        assert (partial.read_bytes() if partial.exists() else b"") == whole[:kept]
         for _ in range(2):  # the second time without a request
-            assert fetch(tmp_path, NOBODY, f"{server}whole/").read_bytes() == WHOLE
-            assert names(tmp_path) == [".download"] and names(partial.parent) == ["set.tar"]
+            assert fetch(tmp_path, archive, NOBODY, f"{server}whole/").read_bytes() == whole
+            assert names(tmp_path) == [".download"] and names(partial.parent) == [name]
         assert [want for path, want in asked if "whole" in path] == [f"bytes={kept}-" if kept else None]
     assert "refused" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("there, answered, fault, kept", [
-    (0, answer(HTML, "Content-Length: 52"), "no archive", 0), (0, b"\0" * 900, "no whole zip", 0),
-    (0.9, None, "404", 0.9),
-    (0.5, answer(b"", "Content-Range: bytes */70", status="416 x"), "416", 0),  # another version, which is shorter
-    (0, (True, 0.5), "ended after", 0.5), (0.5, True, None, 1), (1, None, None, 1), (0.5, (True, 2.0), None, 1)])
-def test_an_archive_without_a_checksum(there, answered, fault, kept, tmp_path, capsys):
-    """True is the right one, numbers are shares of it."""
-    whole = pack(tmp_path / "set.zip", {f"pictures/{i}.jpg": WHOLE for i in range(3)}).read_bytes()
-    (tmp_path / "set.zip").unlink()
-    if isinstance(answered, tuple):
-        answered = whole, int(answered[1] * len(whole))
-    archive = dataclasses.replace(SET, name="set.zip", md5=None, size=10**6)
-    partial = tmp_path / ".download/set.zip.part"
-    partial.parent.mkdir()
-    if there:
-        partial.write_bytes((whole + whole)[:int(there * len(whole))])
-    with serve({"/set.zip": whole if answered is True else answered}) as (server, _), contextlib.ExitStack() as stack:
-        if fault:
-            stack.enter_context(pytest.raises(sources.DataError))
-        assert fetch(tmp_path, server, archive=archive).read_bytes() == whole
-    assert fault is None or fault in capsys.readouterr().out
-    if fault:
-        assert (partial.read_bytes() if partial.exists() else b"") == (whole + whole)[:int(kept * len(whole))]
-
-
 def test_what_the_user_put_there_is_used_or_named_and_never_deleted(tmp_path):
     (tmp_path / ".download").mkdir()
-    (tmp_path / ".download/set.tar.part").write_bytes(WHOLE)  # killed between the last byte and the new name
-    assert fetch(tmp_path, NOBODY).read_bytes() == WHOLE
+    (tmp_path / ".download/set.tar.part").write_bytes(NOISE)  # killed between the last byte and the new name
+    assert fetch(tmp_path, SET, NOBODY).read_bytes() == NOISE
     path = tmp_path / "set.tar"
-    path.write_bytes(WHOLE[:-1])
+    path.write_bytes(NOISE[:-1])
     with pytest.raises(sources.DataError, match="set.tar is not the official archive .its md5 .*: move it"):
-        fetch(tmp_path)
+        fetch(tmp_path, SET)
     data = pack(path, {"pictures/a.jpg": b"a"}).read_bytes()
     mine = dataclasses.replace(SET, md5=md5(data))
     for part, message in (("absent", "holds no absent"), ("pictures", None)):
@@ -151,7 +136,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, mon
 @pytest.mark.parametrize("kind", ["tar", "tgz", "zip"])
 def test_what_is_asked_for_is_unpacked_all_of_it_or_nothing(kind, tmp_path):
     path, wanted = tmp_path / f"set.{kind}", {"pictures": tmp_path / "in/pictures"}
-    data = pack(path, {f"pictures/{name}.jpg": WHOLE for name in "abc"} | {"other/d.txt": b"not asked"}).read_bytes()
+    data = pack(path, {f"pictures/{name}.jpg": NOISE for name in "abc"} | {"other/d.txt": b"not asked"}).read_bytes()
     for there, parts, message in ((data[:60_000], wanted, f"set.{kind} cannot be unpacked"),
                                   (data, wanted | {"absent": tmp_path / "absent"}, "holds no absent")):
         path.write_bytes(there)

@@ -26,9 +26,6 @@ FILES = {"image": "data/images/{}", "mask": "data/masks/{}", "classes": "data/cl
          "log": "out/log.jsonl", "weights": "out/w.pth"}
 LISTS = ("classes", "unseen", "train", "val")
 SEEDS = int(os.environ.get("FUZZ_SEEDS", 40))  # of each kind
-TRICKS = ["../../etc/passwd", "/etc/passwd", "..", ".", "val_00000/../val_00001", "train_00000.png", "~", "val_00000\0",
-          "a" * 5000, "$(touch ran)", "{0.__class__}", "%s%n", "\u202egnp.0n", "\ud7ff\U0001f408", "a,b,,", ",",
-          "\x1b[2J", "# dog", "1 dog", "x" * 10**6, "\u2028", "val_00000\tval_00001", "&lt;", "dog"]
 JUNK = [None, True, -1, 0, 10 ** 30, float("nan"), "", "x", "../../x", b"x", [], {}, [1, [2]], {"a": 1},
         torch.zeros(2), torch.zeros(0), torch.eye(2).to_sparse(), torch.full((3,), torch.nan),
         torch.zeros(2, dtype=torch.complex64), torch.zeros(1).expand(10 ** 13), torch.zeros(3, device="meta")]
@@ -95,16 +92,6 @@ def damage(rng, path, flag):
                 lambda: torch.save({"a": Evil(flag)}, path)))()
 
 
-def lines(rng, path, _):
-    """Lists of names: path tricks, foreign and repeated lines, too many, none."""
-    content = path.read_text().splitlines()
-    for _ in range(rng.randint(1, 4)):
-        content.insert(rng.randrange(len(content) + 1), rng.choice(TRICKS))
-    content = rng.choice((content, content, content, content * 2, [*content, *map(str, range(300))], sorted(content),
-                          [], content[1:]))
-    path.write_bytes(rng.choice((b"", b"", b"", b"\xef\xbb\xbf")) + "\n".join(content).encode("utf-8", "surrogatepass"))
-
-
 def values(rng, path, flag):
     """A checkpoint or a CLIP file that loads, with something else in it."""
     saved = load(path)
@@ -137,8 +124,8 @@ def test_fuzz(kind, seed, own, stopped, tiny_clip_file, tmp_path, monkeypatch): 
         args += ["--body", "mobilenet-v2", "--body-weights", path]
     if kind == "flags":
         args += [f"{flag}={rng.choice(WORDS)}" for flag in rng.sample(FLAG_NAMES, rng.randint(1, 2))]
-    elif kind in (*LISTS, "checkpoint", "clip", "weights") and rng.random() < 0.6:
-        (lines if kind in LISTS else values)(rng, path, ran)
+    elif kind in ("checkpoint", "clip", "weights") and rng.random() < 0.6:
+        values(rng, path, ran)
     else:
         damage(rng, path, ran)
     if kind in ("checkpoint", "log") and rng.random() < 0.5:

@@ -180,14 +180,6 @@ def test_pictures_of_other_depths_are_as_bright_as_they_are_meant(stored, refuse
         assert np.abs(files.read_image(path).numpy() - 255 * RAMP).max() <= 1
 
 
-def test_pillow_before_10_1(monkeypatch, tmp_path):
-    monkeypatch.delattr(Image.Image, "has_transparency_data", raising=False)
-    for mode, colour, how, mean in (("RGBA", (9, 9, 9, 0), {}, 255), ("RGB", (1, 2, 3), {}, 2),
-                                    ("L", 7, {"transparency": 7}, 255)):
-        Image.new(mode, (9, 8), colour).save(tmp_path / "a.png", **how)
-        assert files.read_image(tmp_path / "a.png").float().mean() == mean
-
-
 def test_own_pictures_that_exif_turns_are_refused_and_the_benchmarks_are_read_as_stored(tmp_path, trees):
     own, voc_root, exif = own_data(tmp_path / "own"), shutil.copytree(trees["voc"], tmp_path / "voc"), Image.Exif()
     for name, root, folder in ((str(own), own, "images"), ("voc", voc_root, "JPEGImages")):
@@ -247,7 +239,8 @@ BROKEN = [
     ("own", remove("val.txt"), "no file .*val.txt: expected a text file"),
     ("own", text("train.txt", "\n"), "train.txt is empty"),
     ("own", text("train.txt", "../images/a\nb\n"), "names '../images/a', but .*images itself holds no image of that"),
-    ("own", text("train.txt", "x" * 900 + "\nb\n"), r"names 'x{60}…', but"),
+    *(("own", text("train.txt", f"{name}\nb\n"), "names .*, but .* no image of that name") for name in (
+        "/etc/passwd", "..", "~", "$(touch ran)", "{0.__class__}", "%s%n", "x" * 900)),
     ("own", lambda r: [p.rename(p.with_stem(f"{p.stem}_mask")) for p in r.glob("masks/*")],
      "names 'a' .and 1 more., but .*masks itself holds no mask of that name .a_mask.png, for .*letter for letter"),
     ("own", lambda r: (r / "images").rename(r / "x") and shutil.copytree(r / "x", r / "images/x"),
@@ -287,7 +280,7 @@ def test_broken_data_gives_one_line_that_says_what_to_do(name, spoil, message, t
     spoil(root)
     with pytest.raises(sources.DataError, match=message) as error:
         data_check.check(sources.open_dataset(str(root) if name == "own" else name, root))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
 def test_the_whole_check_reads_every_file_and_names_each_kind_of_fault(tmp_path, capsys, monkeypatch):
