@@ -19,7 +19,8 @@ MARK = "labelled by Chimera-Seg"  # in the files of predict.py, and in evaluate.
 SHORTEST, LONGEST = 640, 1600  # pixels of an overlay's longer side: text can be read, files stay small
 PAINT = 0.5  # of the class's colour over the picture
 LINES = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (148, 103, 189))  # of the curves
-PANELS = (("loss", "loss_seg", "loss_sgd", "loss_sam"), ("hIoU", "mIoU_seen", "mIoU_unseen"), ("lr",), ("k",))
+PANELS = (("loss", "seg", "sgd", "sam"), ("hIoU", "mIoU_seen", "mIoU_unseen"), ("lr",), ("k",), ("norm",),
+          ("clipped",))
 PANEL = (560, 300)  # pixels
 
 
@@ -83,12 +84,21 @@ def texts(names):
             for k, name in names.items()}
 
 
+def font(size):
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one small font without anchors
+        return ImageFont.load_default()
+
+
 def write(pen, place, text, size, **how):
-    pen.text(place, text, font=ImageFont.load_default(size), **{"fill": "black", **how})
+    if not isinstance(font(size), ImageFont.FreeTypeFont):
+        how.pop("anchor", None)
+    pen.text(place, text, font=font(size), **{"fill": "black", **how})
 
 
 def length(text, size):
-    return math.ceil(ImageFont.load_default(size).getlength(text))
+    return math.ceil(font(size).getlength(text))
 
 
 def with_legend(canvas, entries, size):

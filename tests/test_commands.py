@@ -191,6 +191,16 @@ def test_departures_from_a_benchmark_are_said_and_tests_have_the_crops_size(tiny
     assert "labelled with these only: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
 
 
+def test_a_bodys_own_rate_comes_after_lr_and_is_no_departure(tmp_path, monkeypatch):
+    """SegNeXt's publisher trains crops of 512 pixels at 6e-4; ResNet's gives no rate for AdamW."""
+    tree = draw_tree("voc", tmp_path / "voc", val=1)
+    for flags, rate, said in (("--body segnext-t", 6e-4, ""), ("--body resnet50", 2e-4, ""),
+                              ("--body segnext-t --lr 2e-4", 2e-4, "lr 0.0002 instead of 0.0006")):
+        args = train.parse(["--dataset", "voc", "--data-root", str(tree), *flags.split()])
+        train.open_source(args, CPU)
+        assert (args.lr, args.departures) == (rate, said)
+
+
 def test_predict_alone_labels_a_scene_of_what_no_mask_showed(run, root, tmp_path):
     text = done(predict, "--run", run[0], "--out-dir", tmp_path, "--device", "cpu")
     found = read(tmp_path / "demo.json")

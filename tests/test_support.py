@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_inside
-from PIL import Image
+from PIL import Image, ImageFont
 
 import losses
 import train
@@ -279,6 +279,16 @@ def test_a_second_ctrl_c_ends_one_process_at_once_but_several_ask_each_other(ran
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.parametrize("environment, args, words", [
+    ({"PYTHONIOENCODING": "cp1252"}, ["train.py", "--help"], "?_sgd"),  # cp1252 has no λ
+    ({"PYTHONIOENCODING": "ascii"}, ["evaluate.py", "--help"], "seen classes"),
+    ({"WORLD_SIZE": "4"}, ["train.py"], "error: WORLD_SIZE is set in the environment, RANK is not: start with")])
+def test_environments_that_people_have(environment, args, words, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], env=os.environ | environment, cwd=tmp_path,
+                          capture_output=True, text=True, encoding="latin-1")
+    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "try fewer --workers"),
     (OSError(28, "No space left on device", "runs/x/log.jsonl"), "No space left on device: 'runs/x/log.jsonl'"),
@@ -320,7 +330,10 @@ def test_an_overlay_keeps_the_picture_where_no_class_is():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (3000, 2), (2400, 1200)])
-def test_pictures_of_any_size_with_names_in_any_script(size):
+@pytest.mark.parametrize("old", [False, True])
+def test_pictures_of_any_size_with_names_in_any_script(size, old, monkeypatch):
+    if old:  # Pillow before 10.1
+        monkeypatch.setattr(ImageFont, "load_default", lambda: ImageFont.load_default_imagefont())
     names = ["café", "猫", "", "x" * 200, *(f"thing {i}" for i in range(100))]
     labels, image = torch.randint(0, 120, size, dtype=torch.uint8), torch.zeros(3, *size, dtype=torch.uint8)
     drawn = pictures.overlay(image, labels, names)
@@ -335,8 +348,8 @@ def test_colours_differ():
 
 
 @pytest.mark.parametrize("panels, lines", [
-    (0, []), (3, [{"step": 0, "loss": 2.0, "loss_seg": 2.0, "loss_sgd": 0.0, "lr": 1e-4, "k": 9.5}]),
-    (3, [{"step": step, "loss": 1.0, "loss_seg": 1.0, "lr": 1e-3, "k": 1} for step in (0, 20)]),
+    (0, []), (3, [{"step": 0, "loss": 2.0, "seg": 2.0, "sgd": 0.0, "lr": 1e-4, "k": 9.5}]),
+    (3, [{"step": step, "loss": 1.0, "seg": 1.0, "lr": 1e-3, "k": 1} for step in (0, 20)]),
     (2, [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20, "loss": float("nan"), "lr": float("inf")}]),
     (4, [{"step": 0, "loss": 90.0, "lr": 0.1, "k": 4}, {"step": 80000, "loss": 1e-4, "lr": 0.0, "k": 4},
          {"step": 80000, "mIoU_seen": 50.0, "mIoU_unseen": None, "hIoU": None, "seconds": 4}]),
