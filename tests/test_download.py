@@ -254,6 +254,8 @@ def test_damaged_and_hostile_masks_give_one_line_and_take_no_memory():
         data = bytearray(good[i % 2])
         data[rng.randint(128 * (i % 3 > 0), min(len(data), 500))] = rng.randint(256)
         files.append(bytes(data[:rng.randint(len(data))] if i % 5 == 0 else data))
+    with pytest.raises(sources.DataError):  # a size that numpy would fill in
+        read_segmentation(good[0].replace(struct.pack("<2i", 40, 50), struct.pack("<2i", -1, 50)), "x")
     tracemalloc.start()
     for data in files:
         try:
