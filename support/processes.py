@@ -61,6 +61,8 @@ def fast_precision(device):
 
 def autocast(device, precision):
     """Matrix products in `precision`; on MPS always in fp32, as PyTorch's autocast is not complete there."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: expected {', '.join(PRECISIONS)}")
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32" and device.type != "mps")
 
 
