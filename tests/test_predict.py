@@ -19,7 +19,7 @@ import train
 from bodies import ModelError
 from sources import DataError
 from sources.files import read_image
-from support import UserError, pictures, processes, windows
+from support import UserError, pictures, processes, progress, windows
 from support.checkpoint import CheckpointError
 
 
@@ -75,10 +75,10 @@ def test_every_kind_of_file_is_read_as_what_it_shows(tmp_path):
 
 def test_it_is_the_prediction_of_evaluate(run, photo, tmp_path, monkeypatch):
     """By default at the run's test size, whatever the picture's; γ is taken off what the run trained on."""
-    monkeypatch.setattr(evaluate, "EVERY", -1)
+    monkeypatch.setattr(progress, "EVERY", -1)
     flags = "--run", run, "--save-predictions", tmp_path, "--out-dir", tmp_path, "--device", "cpu"
     status, words, _ = run_inside(evaluate, *flags)
-    assert status == 0 and words.startswith("test    1 of 1 images, 0:00:00 left\n")
+    assert status == 0 and words.startswith("    test: 1 of 1 images, 0:00:00 left\n")
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["device"] == "cpu" and found["torch"] == torch.__version__ and len(found["commit"] or 40 * ".") > 39
     theirs = torch.from_numpy(np.array(Image.open(tmp_path / "c.png")))
