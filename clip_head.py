@@ -47,8 +47,11 @@ class Tail(nn.Module):
 
     def __init__(self, visual, blocks, values=False):
         super().__init__()
+        depth = len(visual.transformer.resblocks)
+        if not 0 <= blocks <= depth:
+            raise CLIPError(f"{blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
         self.values = values
-        self.resblocks = copy.deepcopy(visual.transformer.resblocks[first_block(visual, blocks):])
+        self.resblocks = copy.deepcopy(visual.transformer.resblocks[depth - blocks:])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = copy.deepcopy(visual.proj)  # (W, D)
         self.requires_grad_(False)
@@ -62,18 +65,7 @@ class Tail(nn.Module):
 @torch.no_grad()
 def clip_tokens(visual, images, blocks):
     """CLIP's own patch tokens where its last `blocks` blocks begin: (B, 3, S, S) in [0, 1] -> (B, N, W)."""
-    x = visual.embed(images)
-    for block in visual.transformer.resblocks[:first_block(visual, blocks)]:
-        x = block(x)
-    return x[:, 1:]
-
-
-def first_block(visual, blocks):
-    """Index of the first of CLIP's last `blocks` blocks. Raises CLIPError."""
-    depth = len(visual.transformer.resblocks)
-    if not 0 <= blocks <= depth:
-        raise CLIPError(f"{blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
-    return depth - blocks
+    return visual.tokens_before(images, blocks)[:, 1:]
 
 
 class Head(nn.Module):

@@ -8,7 +8,6 @@ Prints a line per class; writes metrics.json and preview.png. hIoU = 2su / (s + 
 """
 import argparse
 import dataclasses
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from bodies import ModelError
 from losses import IGNORE
 from model import build
 from support import UserError, first_line, pictures, processes, windows
-from support.checkpoint import CheckpointError, atomic, newest_run, read_checkpoint
+from support.checkpoint import CheckpointError, newest_run, read_checkpoint, write_json
 from support.command import run_command
 from support.progress import Progress
 
@@ -162,8 +161,7 @@ def preview(model, source, device, precision, images=6, among=50):
 
 def report(result, model, source, device, precision, out):
     """Prints the table, writes metrics.json and preview.png into `out`."""
-    made = json.dumps(result | processes.provenance(device), indent=1)
-    atomic(out / "metrics.json", lambda path: path.write_text(made + "\n"))
+    write_json(out / "metrics.json", result | processes.provenance(device))
     pictures.save(preview(model, source, device, precision), out / "preview.png")
     print(f"{table(result, source)}\nwrote {out}/metrics.json and preview.png", flush=True)
 

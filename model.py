@@ -17,16 +17,20 @@ from support.archive import misfit
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def prompts(name, templates):
+    """A class's P texts. Synonyms in its name are separated by commas; underscores are read as spaces."""
+    words = [" ".join(word.replace("_", " ").split()) for word in name.split(",") if word.strip()]
+    return [template.replace("{}", word) for word in words for template in templates]
+
+
 @torch.no_grad()
 def text_embeddings(clip_model, names, templates):
     """Class names -> t (K, D), unit length. Each template's embedding is normalised, their mean normalised again. FIELD
 
-    Synonyms in a name are separated by commas and averaged as templates are; underscores are read as spaces."""
+    Synonyms are averaged as templates are."""
     t = []
     for name in names:
-        words = [" ".join(word.replace("_", " ").split()) for word in name.split(",") if word.strip()]
-        tokens = clip.tokenize([template.replace("{}", word) for word in words for template in templates],
-                               clip_model.context_length)  # (P, 77)
+        tokens = clip.tokenize(prompts(name, templates), clip_model.context_length)  # (P, 77)
         each = clip_model.encode_text(tokens.to(clip_model.text_projection.device)).float()  # (P, D)
         t.append(F.normalize(F.normalize(each, dim=-1).mean(0), dim=-1))
     return torch.stack(t)

@@ -11,7 +11,6 @@ none) and NAME.json (shares of the classes). Files that are not images are repor
 """
 import argparse
 import itertools
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from losses import IGNORE
 from sources import INVALID, DataError
 from sources.files import read_image, rgb
 from support import UserError, pictures, processes, windows
-from support.checkpoint import atomic, newest_run, read_checkpoint
+from support.checkpoint import newest_run, read_checkpoint, write_json
 from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
@@ -155,7 +154,7 @@ def write(image, labels, names, out, stem, about):
              "none": none}
     pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png", pictures.MARK)
     pictures.save_mask(labels, out / f"{stem}.mask.png", pictures.MARK)
-    atomic(out / f"{stem}.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
+    write_json(out / f"{stem}.json", about)
     return share | {"none": none}
 
 

@@ -111,7 +111,7 @@ def main(args):
     else:
         start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     log = Log(out, args.steps)
-    log.opening(args, source, model, [*remarks, *more], device, data_picture)
+    log.opening(args, source, model, [*remarks, *filter(None, [teacher.remark]), *more], device, data_picture)
 
     # ---- the loop; then the test: all classes, seen and unseen
     order = data.Steps(len(source.train), args.batch_size, first, args.steps, args.seed, processes.rank(),
@@ -201,12 +201,12 @@ def open_source(args, device):
     if args.batch_size % (ranks := processes.world_size()):
         raise UserError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: "
                         f"use {max(args.batch_size // ranks, 1) * ranks}")
-    args.departures = source.departures(steps=args.steps, batch_size=args.batch_size, crop=args.crop)
-    if source.expected and args.lr != rate:
-        args.departures = ", ".join(filter(None, (args.departures, f"lr {args.lr} instead of {rate}")))
+    departures = [source.departures(steps=args.steps, batch_size=args.batch_size, crop=args.crop)]
+    if source.expected:  # a benchmark
+        departures += [f"lr {args.lr} instead of {rate}"] * (args.lr != rate)
+        departures += ["images with unseen classes left out"] * args.strict
+    args.departures = ", ".join(filter(None, departures))
     if args.strict:
-        if source.expected:  # a benchmark
-            args.departures = ", ".join(filter(None, (args.departures, "images with unseen classes left out")))
         kept = processes.from_first(lambda: sources.without_unseen(source))
         remarks.append(f"strict: {len(source.train) - len(kept)} of {len(source.train)} training images are left out, "
                        "as they hold unseen classes")

@@ -138,13 +138,17 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches."""
         return self.ln_post(self.transformer(self.embed(images))) @ self.proj
 
+    def tokens_before(self, images, last):
+        """(B, 3, H, W) in [0, 1] -> all tokens where the last `last` blocks begin, (B, 1 + h·w, W)."""
+        x, blocks = self.embed(images), self.transformer.resblocks
+        for block in blocks[:len(blocks) - last]:
+            x = block(x)
+        return x
+
     def cls_and_patches(self, images):
         """(B, 3, H, W) in [0, 1] -> CLS embedding (B, D) and the patches' dense features (B, h·w, D) by the values path
         of the last block. One pass for both; not normalised."""
-        x = self.embed(images)
-        *blocks, last = self.transformer.resblocks
-        for block in blocks:
-            x = block(x)
+        x, last = self.tokens_before(images, 1), self.transformer.resblocks[-1]
         x = torch.cat([last(x, first=1), last.values(x[:, 1:])], dim=1)  # (B, 1 + h·w, W)
         x = self.ln_post(x) @ self.proj
         return x[:, 0], x[:, 1:]

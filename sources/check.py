@@ -4,7 +4,6 @@
     python data.py --dataset my_data          # the check alone: files, counts, mask values, a picture
 """
 import argparse
-import os
 import re
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import clip
+from model import prompts
 from sources import IGNORE, INVALID, NAMES, DataError, download_dataset, open_dataset
 from sources.files import read_pair, read_raw
-from support import pictures
+from support import pictures, processes
 from support.command import Signals
 from support.progress import Progress
 
@@ -78,17 +78,15 @@ def check_prompts(source):
     """Raises DataError if CLIP cannot read all of a class's text, unseen ones too, which are first used at the test."""
     longest = source.templates[clip.tokenize(source.templates).argmax(1).argmax()]  # the end mark is the highest id
     for name in source.classes:
-        for word in name.split(","):
-            try:
-                clip.tokenize(longest.replace("{}", word.replace("_", " ")))
-            except clip.CLIPError as error:
-                raise DataError(f"a class of {source.name} is too long for CLIP: {error}") from None
+        try:
+            clip.tokenize(prompts(name, [longest]))
+        except clip.CLIPError as error:
+            raise DataError(f"a class of {source.name} is too long for CLIP: {error}") from None
 
 
 def look_at(files, part, full):
     """-> [(file, pixels of each raw value)] of what can be read, and a line for each kind of fault in the rest."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, len(files) // QUICK) if full else 0
+    workers = min(processes.cores(), len(files) // QUICK) if full else 0
     looks = DataLoader(files, batch_size=None, collate_fn=look, num_workers=workers, worker_init_fn=Signals.ignore,
                        generator=torch.Generator())  # its own: a look changes no random number of the training
     read, kinds, progress = [], {}, Progress(f"{part} images", len(files), "read")

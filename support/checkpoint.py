@@ -3,8 +3,11 @@
 There is no best.pt: choosing it needs the test set. No random state is saved: the order of the images, the crops and
 every other draw follow from the seed, the step and the process.
 """
+import contextlib
+import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -45,8 +48,7 @@ def atomic(path, write):
 
 
 def write_json(path, content):
-    atomic(path, lambda partial: partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n",
-                                                    encoding="utf-8"))
+    atomic(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))  # in ASCII
 
 
 def save(out, config, model, optimizer, scaler, step, bank):
@@ -103,9 +105,9 @@ def read_checkpoint(path):
                           "or no checkpoint of train.py. Train anew, or use that version")
 
 
-def newest_run(name="*"):
+def newest_run():
     """-> path of the last.pt that was written last, under runs/."""
-    found = sorted(RUNS.glob(f"{name}/last.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError(f"no run under {RUNS}/: train one with python train.py, or name --checkpoint FILE")
     return found[-1]
@@ -155,22 +157,17 @@ def _open_run(out, name, config, may_change, again):
 def new_folder(name):
     """runs/NAME, or runs/NAME-2, …: the first that no other process has made."""
     RUNS.mkdir(exist_ok=True)
-    number = 1
-    while True:
-        out = RUNS / (name if number == 1 else f"{name}-{number}")
-        try:
-            out.mkdir()
-            return out
-        except FileExistsError:
-            number += 1
+    for ending in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (RUNS / f"{name}{ending}").mkdir()
+            return RUNS / f"{name}{ending}"
 
 
 def newest_like(name, config, may_change):
     """The newest of runs/NAME, runs/NAME-2, … whose settings allow it to be resumed with `config`."""
-    found, refused = [], []
-    for path in RUNS.glob(f"{name}*/config.json"):
-        if path.parent.name.removeprefix(name).lstrip("-").isdigit() or path.parent.name == name:
-            found.append(path)
+    own = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [path for path in RUNS.glob("*/config.json") if own.fullmatch(path.parent.name)]
+    refused = []
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             refused.append(differences(json.loads(path.read_text(encoding="utf-8")), config, may_change)[0])

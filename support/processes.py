@@ -66,10 +66,14 @@ def autocast(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32" and device.type != "mps")
 
 
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def loader_workers():
     """How many loader processes suit each training process: its share of the cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8), 1)
+    return max(min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8), 1)
 
 
 def provenance(device):

@@ -90,6 +90,7 @@ def test_a_run_leaves_its_files_and_says_what_it_does(run):
     assert re.search("data .*20 training images, 5 test images\nclasses 15 seen, 5 unseen: .*\nmodel .*small body, csh "
                      "head: .* trained, .* frozen.*\nrun .*8 steps of 6 images on 1 × cpu, fp32, 0 loader processes "
                      "each, into .*/run/\n", text)
+    assert "has no config: assuming QuickGELU" in text.partition("\ndata  ")[0]  # what clip.load remarks of its file
     assert {key.split(".")[0] for key in saved["model"]} == {"head", "body"} and saved["config"] == config
     assert not any("tail" in key for key in saved["model"]) and len(saved["bank"]) == 48  # nothing of CLIP
 

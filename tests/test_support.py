@@ -211,6 +211,8 @@ def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch)
 
     monkeypatch.chdir(tmp_path)
     assert [run(), run("--seed", 1), run()] == ["runs/own", "runs/own-2", "runs/own-3"]
+    shutil.copytree("runs/own", "runs/own2")  # of another data set
+    (tmp_path / "runs/own2/config.json").touch()
     assert run("--resume", "--seed", 1) == "runs/own-2" and run("--resume") == "runs/own-3"
     assert "none of the 3 runs runs/own… has these settings; the newest differs in seed was 0, is 7" in run(
         "--resume", "--seed", 7)
