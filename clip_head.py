@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from clip import CLIPError, VisionTransformer
+from clip import VisionTransformer
 
 RANDOM_HEAD_SEED = 0  # the weights of the random control are not saved, but drawn again from this seed
 
@@ -47,11 +47,8 @@ class Tail(nn.Module):
 
     def __init__(self, visual, blocks, values=False):
         super().__init__()
-        depth = len(visual.transformer.resblocks)
-        if not 0 <= blocks <= depth:
-            raise CLIPError(f"{blocks} frozen blocks asked for: this CLIP has 0 to {depth}")
         self.values = values
-        self.resblocks = copy.deepcopy(visual.transformer.resblocks[depth - blocks:])
+        self.resblocks = copy.deepcopy(visual.split(blocks)[1])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = copy.deepcopy(visual.proj)  # (W, D)
         self.requires_grad_(False)

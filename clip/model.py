@@ -138,10 +138,17 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) in [0, 1] -> all tokens after ln_post and proj, (B, 1 + h·w, D), CLS before the patches."""
         return self.ln_post(self.transformer(self.embed(images))) @ self.proj
 
+    def split(self, last):
+        """-> the blocks before the last `last` ones, and these. Raises CLIPError."""
+        blocks, depth = self.transformer.resblocks, len(self.transformer.resblocks)
+        if not 0 <= last <= depth:
+            raise CLIPError(f"{last} frozen blocks asked for: this CLIP has 0 to {depth}")
+        return blocks[:depth - last], blocks[depth - last:]
+
     def tokens_before(self, images, last):
         """(B, 3, H, W) in [0, 1] -> all tokens where the last `last` blocks begin, (B, 1 + h·w, W)."""
-        x, blocks = self.embed(images), self.transformer.resblocks
-        for block in blocks[:len(blocks) - last]:
+        x = self.embed(images)
+        for block in self.split(last)[0]:
             x = block(x)
         return x
 
