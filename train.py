@@ -14,7 +14,6 @@ data.png (what the data check saw), metrics.json and preview.png (the test). Ctr
 import json
 import math
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def main(args):
 def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup, log, save):
     """The loop -> True at the last step, False if a signal ended it before. save(step, bank) writes a checkpoint."""
     first = loader.batch_sampler.first
-    student, signals, saved = parallel(model, device, args.compile), Signals(device), first or None
+    student, signals, saved = processes.parallel(model, device, args.compile), Signals(device), first or None
     stopping, clipped = False, []  # of each step since the last line of the log: was its gradient clipped?
     t, tau = model.t, model.tau  # (K, D), the seen classes
     model.train()
@@ -214,7 +213,7 @@ def open_source(args, device):
     if device.type == "cuda" and source.recipe.crop == args.crop == 512 and args.body in bodies.MEASURED:
         memory, speed = bodies.MEASURED[args.body]
         remarks.append(f"needs   about {memory * args.batch_size / ranks / 16:.0f} GB on each GPU; an H200 can take "
-                       f"{speed} images/s, {args.workers} loader processes bring about {90 * args.workers}")
+                       f"{speed} images/s, {args.workers} loader processes bring about {60 * args.workers}")
     found, picture = check(source) if processes.rank() == 0 else ([], None)
     source.recipe = source.recipe.at_crop(args.crop)
     return source, remarks + found, picture
@@ -250,17 +249,6 @@ def start_adapter(adapter, teacher, trainset, blocks, device):
 
 
 # ---------------------------------------------------------------- in the loop
-
-
-def parallel(model, device, compiled):
-    """What the loop calls in the model's place: compiled if asked, in DDP with several processes. Same parameters."""
-    if processes.world_size() > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    student = torch.compile(model) if compiled else model
-    if processes.world_size() > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch renames it; this name works in all
-        student = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
-    return student
 
 
 def seed_step(seed, step):

@@ -5,11 +5,13 @@ Without a launcher there is one process, and the functions here do nothing speci
 import contextlib
 import os
 import subprocess
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torchvision
 
 from support import UserError
@@ -103,6 +105,17 @@ def from_first(make):
     value = [make() if rank() == 0 else None]
     dist.broadcast_object_list(value)
     return value[0]
+
+
+def parallel(model, device, compiled):
+    """What the loop calls in the model's place: compiled if asked, in DDP with several processes. Same parameters."""
+    if world_size() > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    student = torch.compile(model) if compiled else model
+    if world_size() > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch renames it; this name works in all
+        student = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    return student
 
 
 @contextlib.contextmanager

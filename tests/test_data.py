@@ -98,24 +98,6 @@ def test_the_view_is_the_crop_without_padding():
         assert torch.equal(crop, view)  # nothing to pad and one size
 
 
-def test_distortion_against_a_way_through_each_step(monkeypatch):
-    image, same = torch.randint(60, 180, (3, 8, 9), dtype=torch.uint8), 0
-    for seed in range(64):
-        torch.manual_seed(seed)
-        same += torch.equal(data.distort(image), image)
-    assert 1 <= same <= 12  # each of the four comes in half of the cases: 4 of 64 stay as they are
-    draws = iter([0.0, 20.0, 0.0, 0.8, 0.0, 1.3, 0.0, 30.0])  # of a coin and a value, four times
-    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(next(draws)))
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_: self.fill_(next(draws)))
-    got = data.distort(image)
-    x = (image.double() + 20) * 0.8
-    x = (x.mean(0) + 1.3 * (x - x.mean(0))).permute(1, 2, 0)
-    axis, angle = torch.full((3,), 3 ** -0.5, dtype=torch.float64), np.deg2rad(30)
-    turned = x * np.cos(angle) + torch.linalg.cross(axis.expand_as(x), x) * np.sin(angle) + \
-        axis * (x @ axis)[..., None] * (1 - np.cos(angle))  # Rodrigues
-    assert (got.double() - turned.permute(2, 0, 1).clamp(0, 255)).abs().max() <= 0.501
-
-
 def test_a_batch_depends_on_neither_processes_nor_interruption(source):
     whole = list(data.Steps(12, 6, 0, 8, seed=3))
     epochs = [sorted(i for batch in whole[e:e + 2] for _, i in batch) for e in range(0, 8, 2)]
