@@ -14,7 +14,7 @@ import torch
 from losses import IGNORE
 from sources.files import INVALID, DataError, read_values, short
 
-# FIELD: the benchmarks' classes, unseen indexes, mask values, prompts
+# FIELD: the benchmarks' classes, unseen indexes, mask values, prompts, numbers of images and steps
 PROTOCOL = json.loads((Path(__file__).parent / "protocol.json").read_text())
 THREADS = 8  # that read masks for `without_unseen`; Pillow unpacks outside Python's lock
 
@@ -86,6 +86,12 @@ class DataSource:
         differ = [f"{key.replace('_', ' ')} {value} instead of {getattr(self.recipe, key)}"
                   for key, value in settings.items() if value != getattr(self.recipe, key)]
         return ", ".join(differ) if self.expected else ""
+
+
+def benchmark(name, protocol, unseen, values, void, train, val):
+    """A DataSource with the classes, prompts and numbers of an entry of PROTOCOL."""
+    return DataSource(name, protocol["classes"], set(unseen), values, train, val, tuple(protocol["templates"]),
+                      Recipe(steps=protocol["iterations"]), void, (protocol["train_images"], protocol["val_images"]))
 
 
 def plain(name):

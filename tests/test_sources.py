@@ -61,7 +61,7 @@ def test_official_trees(name, trees):
                 want = IGNORE if k is None or training and k in unseen else source.seen.index(k) if training else k
                 assert (labels.numpy()[raw == value] == want).all()
     remarks, picture = data_check.check(source)
-    train, val = MODULES[name].COUNTS
+    train, val = p["train_images"], p["val_images"]
     assert [remark for remark in remarks if "classes are in none" not in remark] == [
         f"warning: 12 training images, the benchmark has {train}: scores not comparable",
         f"warning: 3 test images, the benchmark has {val}: scores not comparable"]
