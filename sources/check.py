@@ -14,7 +14,7 @@ import clip
 from model import prompts
 from sources import IGNORE, INVALID, NAMES, DataError, download_dataset, open_dataset
 from sources.files import read_pair, read_raw
-from support import pictures, processes
+from support import pictures
 from support.progress import Progress
 
 QUICK = 100  # images of each part that a quick look reads, evenly spread
@@ -87,8 +87,8 @@ def check_prompts(source):
 def look_at(files, part):
     """-> [(file, pixels of each raw value)] of what can be read, and a line for each kind of fault in the rest."""
     read, kinds, progress = [], {}, Progress(f"{part} images", len(files), "read")
-    with ThreadPoolExecutor(processes.cores()) as pool:  # Pillow unpacks outside Python's lock
-        for done, (file, (counts, fault)) in enumerate(zip(files, pool.map(look, files)), 1):
+    with ThreadPoolExecutor() as pool:  # Pillow unpacks outside Python's lock
+        for done, (file, counts, fault) in enumerate(pool.map(look, files), 1):
             if fault:
                 kind = re.sub(r"\d+", "", fault.replace(str(file.image), "").replace(str(file.mask), ""))
                 kinds.setdefault(kind, (fault, []))[1].append(file.name)
@@ -100,11 +100,11 @@ def look_at(files, part):
 
 
 def look(file):
-    """-> pixels of each raw value of its mask, int (256,), and what is wrong with the file, if anything."""
+    """-> the file, pixels of each raw value of its mask, int (256,), and what is wrong with it, if anything."""
     try:
-        return np.bincount(read_raw(file)[1].ravel(), minlength=256), ""
+        return file, np.bincount(read_raw(file)[1].ravel(), minlength=256), ""
     except DataError as error:
-        return None, str(error)
+        return file, None, str(error)
 
 
 def check_values(source, part, read, pixels):

@@ -16,7 +16,6 @@ from sources.files import INVALID, DataError, read_values, short
 
 # FIELD: the benchmarks' classes, unseen indexes, mask values, prompts, numbers of images and steps
 PROTOCOL = json.loads((Path(__file__).parent / "protocol.json").read_text())
-THREADS = 8  # that read masks for `without_unseen`; Pillow unpacks outside Python's lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def plain(name):
 def without_unseen(source):
     """Strict inductive: the training files whose masks hold no unseen pixel. Every mask is read once."""
     hidden = [value for value, k in source.values.items() if k in source.unseen]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor() as pool:  # Pillow unpacks outside Python's lock
         held = pool.map(lambda file: np.isin(read_values(file.mask), hidden).any(), source.train)
         kept = [file for file, unseen in zip(source.train, held) if not unseen]
     if not kept:

@@ -109,7 +109,8 @@ def transfer(address, path, archive):
     if have and (have >= archive.size if archive.md5 else zipfile.is_zipfile(path)):
         return  # the checksum says the rest
     with urlopen(Request(address, headers={"Range": f"bytes={have}-"} if have else {}), timeout=TIMEOUT) as answer:
-        at, kind = have if answer.status == 206 else 0, answer.headers.get_content_type()  # not all servers know ranges
+        at = have if answer.status == 206 else 0  # not all servers know ranges
+        kind = answer.headers.get_content_type()
         size = archive.size if archive.md5 else float("inf")  # inf: until it ends
         if answer.length is not None:  # it has a plausible Content-Length
             size = at + answer.length
