@@ -7,6 +7,8 @@ module itself to model.build.
     small          for the toy data set, stride 4
     segnext-t … l  SegNeXt, the nearest to the authors' earlier papers, stride 16
     resnet50 …     torchvision's, with a light decoder, stride 16
+
+OURS: stride 16 is CLIP ViT-B/16's own grid. At 8 the head's frozen block costs six times as much.
 """
 from pathlib import Path
 
@@ -22,14 +24,10 @@ from support.processes import first_on_machine
 
 SEGNEXT = {f"segnext-{size}": size for size in SIZES}
 BODIES = ("small", *SEGNEXT, *TORCHVISION)
-# --lr of the publisher's own recipe: AdamW, 16 crops of 512 pixels, the encoder at a tenth of the rate, as here. Not of
-# Swin (6e-5) and ConvNeXt (1e-4, less in deeper stages): there encoder and decoder share one rate, which is neither of
-# our two. ResNet and MobileNetV2 are published with SGD.
-LEARNING_RATES = dict.fromkeys(SEGNEXT, 6e-4)
+LEARNING_RATES = dict.fromkeys(SEGNEXT, 6e-4)  # --lr of the publisher's own recipe, which is like ours (docs/data.md)
 # GB of GPU memory and images/s in training, 16 crops of 512 pixels in bf16 on an H200 (docs/results.md)
 MEASURED = {"mobilenet-v2": (5.2, 249), "resnet50": (5.8, 222), "segnext-b": (14.9, 71)}
 SMALL = Path(__file__).parent.parent / "toy" / "body.pt"  # made by python -m toy.pretrain
-STRIDE = 16  # OURS: CLIP ViT-B/16's own grid. At 8 the head's frozen block costs six times as much
 
 
 class ModelError(UserError):
@@ -46,9 +44,9 @@ def build_body(name, weights="default"):
     if name == "small":
         body, url = SmallBody(), "toy/body.pt of this repository"
     elif name in SEGNEXT:
-        body, url = SegNeXt(SEGNEXT[name], STRIDE), WEIGHTS[SEGNEXT[name]]
+        body, url = SegNeXt(SEGNEXT[name]), WEIGHTS[SEGNEXT[name]]
     else:
-        body, url = TorchvisionBody(name, STRIDE), models.get_model_weights(TORCHVISION[name][0]).DEFAULT.url
+        body, url = TorchvisionBody(name), models.get_model_weights(TORCHVISION[name][0]).DEFAULT.url
     if name not in SEGNEXT:  # dense convolutions are faster so, on CPU and CUDA; its depthwise ones are not
         body = body.to(memory_format=torch.channels_last)
     if weights == "none":

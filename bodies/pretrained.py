@@ -20,12 +20,12 @@ TORCHVISION = {  # --body: (torchvision's name, nodes at strides 4, 8, 16, 32)
 
 
 class TorchvisionBody(nn.Module):
-    """A torchvision backbone's four stages, fused at stride 8 or 16 by a light decoder (SegFormer's MLP head, OURS)."""
+    """A torchvision backbone's four stages, fused at stride 16 by a light decoder (SegFormer's MLP head, OURS)."""
 
-    def __init__(self, name, stride=16, width=256):
+    def __init__(self, name, width=256):
         super().__init__()
         network, nodes = TORCHVISION[name]
-        self.out_channels, self.level = width, (8, 16).index(stride) + 1  # of the stage whose grid the others join
+        self.out_channels = width
         self.channels_last = name.startswith("swin")  # whose stages are (B, h, w, C)
         self.backbone = create_feature_extractor(models.get_model(network), list(nodes))
         self.backbone.eval()  # a look at the channels must not move batch norm's statistics
@@ -41,7 +41,7 @@ class TorchvisionBody(nn.Module):
         return [s.permute(0, 3, 1, 2) for s in stages] if self.channels_last else list(stages)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, 256, h, w), about H/stride × W/stride (ConvNeXt rounds down, the others up)"""
+        """(B, 3, H, W) -> (B, 256, h, w), about H/16 × W/16 (ConvNeXt rounds down, the others up)"""
         stages = [lateral(s) for lateral, s in zip(self.lateral, self.stages(x))]
-        size = stages[self.level].shape[-2:]
+        size = stages[2].shape[-2:]  # stride 16
         return self.fuse(torch.cat([F.interpolate(s, size, mode="bilinear", align_corners=False) for s in stages], 1))

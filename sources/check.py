@@ -5,17 +5,16 @@
 """
 import argparse
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import clip
 from model import prompts
 from sources import IGNORE, INVALID, NAMES, DataError, download_dataset, open_dataset
 from sources.files import read_pair, read_raw
-from support import pictures, processes
-from support.command import Signals
+from support import pictures
 from support.progress import Progress
 
 QUICK = 100  # images of each part that a quick look reads, evenly spread
@@ -34,13 +33,15 @@ def check(source, full=False):
         remarks.append(f"warning: {named[0]!r} is a class, but CLIP cannot know what it means: label it 255")
     if both := {file.image for file in source.train} & {file.image for file in source.val}:
         remarks.append(f"warning: {len(both)} test images are training images too, such as {min(both).name}")
-    for part, files in (("training", source.train), ("test", source.val)):
-        if source.expected and len(files) != (expected := source.expected[part == "test"]):
-            remarks.append(f"warning: {len(files)} {part} images, the benchmark has {expected}: scores not comparable")
+    found = len(source.train), len(source.val)
+    if source.expected and found != source.expected:
+        remarks.append("warning: {} training and {} test images, the benchmark has {} and {}: scores not "
+                       "comparable".format(*found, *source.expected))
+    for part, files, kind, wanted in (("training", source.train, "seen", source.seen),
+                                      ("test", source.val, "unseen", source.unseen)):
         looked = files if full else files[::-(-len(files) // QUICK)]
-        read, broken = look_at(looked, part, full)
+        read, broken = look_at(looked, part)
         pixels = sum((counts for _, counts in read), np.zeros(256, int))
-        kind, wanted = ("seen", source.seen) if part == "training" else ("unseen", source.unseen)
         absent = [source.classes[k] for value, k in source.values.items() if k in wanted and not pixels[value]]
         if part == "training" and len(absent) >= len(wanted) - 1 and len(looked) < len(files):
             return check(source, full=True)  # nothing to tell apart, or too rare for a quick look
@@ -48,16 +49,16 @@ def check(source, full=False):
             names = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
             remarks.append(f"warning: {len(absent)} of {len(wanted)} {kind} classes are in none of the {len(read)} "
                            f"{part} masks looked at (of {len(files)}): {names}")
-        faults += [*check_values(source, part, read, pixels), *broken]
+        faults += filter(None, [check_values(source, part, read, pixels), *broken])
         if faults and not full:
             raise DataError(faults[0])
-        samples.append(faults or sample(source, part, read))
-    if not full and max(len(source.train), len(source.val)) > QUICK:
-        remarks.append(f"looked at {QUICK} images of each part at most: `python data.py --dataset {source.name}` reads "
-                       "all")
+        if not faults:
+            samples.append(sample(source, part, read))
     if faults:
         print(*remarks, *faults, sep="\n", flush=True)
         raise DataError(f"{source.name}: {len(faults)} kinds of faults, each named above")
+    if not full and max(len(source.train), len(source.val)) > QUICK:
+        remarks.append(f"looked at up to {QUICK} images a part: `python data.py --dataset {source.name}` reads all")
     shown = {k for _, labels in samples for k in labels.unique().tolist()}
     names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
     rows = [[image, pictures.coloured(labels)] for image, labels in samples]
@@ -68,7 +69,7 @@ def check_table(source):
     """Proves for all 256 mask values, and so for every mask, that the losses cannot see an unseen class."""
     for value, label in enumerate(source.table(training=True).tolist()):
         k = source.values.get(value)
-        right = (IGNORE, INVALID) if k is None or k in source.unseen else (source.seen.index(k),)
+        right = (source.seen.index(k),) if k in source.seen else (IGNORE, INVALID)
         if label not in right:
             raise DataError(f"the mask value {value} of {source.name} would be trained as label {label}: this is a "
                             "bug, please report it")
@@ -76,60 +77,58 @@ def check_table(source):
 
 def check_prompts(source):
     """Raises DataError if CLIP cannot read all of a class's text, unseen ones too, which are first used at the test."""
-    longest = source.templates[clip.tokenize(source.templates).argmax(1).argmax()]  # the end mark is the highest id
-    for name in source.classes:
-        try:
-            clip.tokenize(prompts(name, [longest]))
-        except clip.CLIPError as error:
-            raise DataError(f"a class of {source.name} is too long for CLIP: {error}") from None
+    try:
+        for name in source.classes:
+            clip.tokenize(prompts(name, source.templates))
+    except clip.CLIPError as error:
+        raise DataError(f"a class of {source.name} is too long for CLIP: {error}") from None
 
 
-def look_at(files, part, full):
+def look_at(files, part):
     """-> [(file, pixels of each raw value)] of what can be read, and a line for each kind of fault in the rest."""
-    workers = min(processes.cores(), len(files) // QUICK) if full else 0
-    looks = DataLoader(files, batch_size=None, collate_fn=look, num_workers=workers, worker_init_fn=Signals.ignore,
-                       generator=torch.Generator())  # its own: a look changes no random number of the training
     read, kinds, progress = [], {}, Progress(f"{part} images", len(files), "read")
-    for done, (file, (counts, fault)) in enumerate(zip(files, looks), 1):
-        if fault:
-            kind = re.sub(r"\d+", "", fault.replace(str(file.image), "").replace(str(file.mask), ""))
-            kinds.setdefault(kind, (fault, []))[1].append(file.name)
-        else:
-            read.append((file, counts))
-        progress.say(done)
+    with ThreadPoolExecutor() as pool:  # Pillow unpacks outside Python's lock
+        for done, (file, counts, fault) in enumerate(pool.map(look, files), 1):
+            if fault:
+                kind = re.sub(r"\d+", "", fault.replace(str(file.image), "").replace(str(file.mask), ""))
+                kinds.setdefault(kind, (fault, []))[1].append(file.name)
+            else:
+                read.append((file, counts))
+            progress.say(done)
     return read, [f"{fault} (in {len(names)} of {len(files)} files: {', '.join(names[:3])}{', …' * (len(names) > 3)})"
                   for fault, names in kinds.values()]
 
 
 def look(file):
-    """-> pixels of each raw value of its mask, int (256,), and what is wrong with the file, if anything."""
+    """-> the file, pixels of each raw value of its mask, int (256,), and what is wrong with it, if anything."""
     try:
-        return np.bincount(read_raw(file)[1].ravel(), minlength=256), ""
+        return file, np.bincount(read_raw(file)[1].ravel(), minlength=256), ""
     except DataError as error:
-        return None, str(error)
+        return file, None, str(error)
 
 
 def check_values(source, part, read, pixels):
-    """Faults of raw values: are the masks shifted, converted, or of another class list? At most one line."""
-    these, last = f"{part} masks of {source.name}", f"{len(source.classes) - 1} {source.classes[-1]}"
+    """Are the raw values shifted, converted, or of another class list? -> what is wrong, in words, or None."""
+    these = f"{part} masks of {source.name}"
     held = [v for v in np.flatnonzero(pixels).tolist() if v != IGNORE]
-    unknown = [v for v in held if v not in source.values and v not in source.void]
-    bad = [file.mask.name for file, counts in read if counts[unknown].any()]
-    some = f"{len(bad)} of {len(read)} {these}, such as {min(bad, default='')}, hold {', '.join(map(str, unknown[:5]))}"
     if 0 in source.void and (pixels[IGNORE] > pixels[0] or len(read) >= 10 and not pixels[0]):  # VOC, Context
-        yield (f"the {these} hold 0 (background) {pixels[0]:,} times, 255 (void) {pixels[IGNORE]:,} times: shifted by "
-               "one? Use the files as they come")
-    elif source.expected and unknown:
-        yield f"{some}, which is no class: shifted by one or converted? Use the files as they come"
-    elif unknown:
+        return (f"the {these} hold 0 (background) {pixels[0]:,} times, 255 (void) {pixels[IGNORE]:,} times: shifted "
+                "by one? Use the files as they come")
+    if unknown := [v for v in held if v not in source.values and v not in source.void]:
+        bad = [file.mask.name for file, counts in read if counts[unknown].any()]
+        some = f"{len(bad)} of {len(read)} {these}, such as {min(bad)}, hold {', '.join(map(str, unknown[:5]))}"
+        if source.expected:
+            return f"{some}, which is no class: shifted by one or converted? Use the files as they come"
         values = ", ".join(map(str, held[:8])) + " …" * (len(held) > 8)
-        yield (f"{some}, but the lines of classes.txt are 0 {source.classes[0]} … {last}: write each class as the "
-               f"number of its line, counted from 0, and 255 where no class or background is (values here: {values})")
-    elif held == [0] and pixels[IGNORE] and part == "training":
-        yield f"the {these} hold 0 and 255 alone, and 255 means no class: write 1 for the object, if 255 is the object"
-    elif part == "training" and read and not any(source.values.get(v) in source.seen for v in held):
-        yield (f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or is every class "
-               "in them named as unseen?")
+        last = len(source.classes) - 1
+        return (f"{some}, but the lines of classes.txt are 0 {source.classes[0]} … {last} {source.classes[last]}: "
+                "write each class as the number of its line, counted from 0, and 255 where no class or background is "
+                f"(values here: {values})")
+    if part == "training" and held == [0] and pixels[IGNORE]:
+        return f"the {these} hold 0 and 255 alone, and 255 means no class: write 1 for the object, if 255 is the object"
+    if part == "training" and read and not any(source.values.get(v) in source.seen for v in held):
+        return (f"no training mask of {source.name} has a pixel of a seen class: are the masks empty, or is every "
+                "class in them named as unseen?")
 
 
 def sample(source, part, read):

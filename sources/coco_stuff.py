@@ -1,5 +1,5 @@
 """COCO-Stuff 164K, 156 seen and 15 unseen classes; the masks are stuffthingmaps, as they come (0-based, 255 void)."""
-from sources.dataset import PROTOCOL, DataSource, Recipe, locate, places
+from sources.dataset import PROTOCOL, benchmark, locate, places
 from sources.download import Archive, bring
 from sources.files import MASKS, list_files, pair_up
 
@@ -8,7 +8,6 @@ PARTS = "train2017", "val2017"
 TREE = {"train2017": "118,287 .jpg", "val2017": "5,000 .jpg",
         "stuffthingmaps/train2017": "118,287 .png of stuffthingmaps_trainval2017.zip, as they come",
         "stuffthingmaps/val2017": "5,000 .png of the same"}
-COUNTS = 118287, 5000  # training, test images
 COCO = "http://images.cocodataset.org/zips/", "https://s3.amazonaws.com/images.cocodataset.org/zips/"
 TRAIN = Archive("train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", COCO, unpacked=19_600_000_000)
 VAL = Archive("val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", COCO, unpacked=830_000_000)
@@ -16,15 +15,14 @@ MAPS = Archive("stuffthingmaps_trainval2017.zip", 690_000_000, None, (  # no che
     "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/",), unpacked=1_000_000_000)
 
 
-def open_coco_stuff(root):
-    where = locate(root, INSIDE, TREE, f"python data.py --dataset coco-stuff --data-root {root} --download makes it")
-    protocol, splits = PROTOCOL["coco-stuff"], []
+def open_coco_stuff(root, name):
+    where = locate(root, INSIDE, TREE, f"python data.py --dataset {name} --data-root {root} --download makes it")
+    protocol, splits = PROTOCOL[name], []
     for part in PARTS:
         images, masks = list_files(where[part], (".jpg",)), list_files(where[f"stuffthingmaps/{part}"], MASKS)
         splits.append(pair_up(list(images), images, masks, where[part]))
-    return DataSource("coco-stuff", protocol["classes"], set(protocol["unseen"]),
-                      {value: k for k, value in enumerate(protocol["raw_ids"])}, *splits,
-                      tuple(protocol["templates"]), Recipe(steps=protocol["iterations"]), (255,), COUNTS)
+    values = {value: k for k, value in enumerate(protocol["raw_ids"])}
+    return benchmark(name, protocol, protocol["unseen"], values, (255,), *splits)
 
 
 def download(root, folder):

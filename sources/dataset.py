@@ -14,9 +14,8 @@ import torch
 from losses import IGNORE
 from sources.files import INVALID, DataError, read_values, short
 
-# FIELD: the benchmarks' classes, unseen indexes, mask values, prompts
+# FIELD: the benchmarks' classes, unseen indexes, mask values, prompts, numbers of images and steps
 PROTOCOL = json.loads((Path(__file__).parent / "protocol.json").read_text())
-THREADS = 8  # that read masks for `without_unseen`; Pillow unpacks outside Python's lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +87,12 @@ class DataSource:
         return ", ".join(differ) if self.expected else ""
 
 
+def benchmark(name, protocol, unseen, values, void, train, val):
+    """A DataSource with the classes, prompts and numbers of an entry of PROTOCOL."""
+    return DataSource(name, protocol["classes"], set(unseen), values, train, val, tuple(protocol["templates"]),
+                      Recipe(steps=protocol["iterations"]), void, (protocol["train_images"], protocol["val_images"]))
+
+
 def plain(name):
     """A name's letters and digits alone, in lower case: "potted_plant" and "Potted plant" are one name."""
     return "".join(filter(str.isalnum, name.lower()))
@@ -96,7 +101,7 @@ def plain(name):
 def without_unseen(source):
     """Strict inductive: the training files whose masks hold no unseen pixel. Every mask is read once."""
     hidden = [value for value, k in source.values.items() if k in source.unseen]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor() as pool:  # Pillow unpacks outside Python's lock
         held = pool.map(lambda file: np.isin(read_values(file.mask), hidden).any(), source.train)
         kept = [file for file, unseen in zip(source.train, held) if not unseen]
     if not kept:

@@ -20,9 +20,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # for some others Pillo
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: long notes and colour profiles do no harm
 ORIENTATION = 0x112  # EXIF's tag; 1 is upright
 WHITE = (1, 255, 4095, 65535)  # of pictures of floats, 8, 12 and 16 bits: the first that its values do not exceed
-LONGEST = 1000  # characters of a line: more is no name, and would keep the tokenizer busy for hours
-# Numbers, quotes, brackets, comments in a list of classes would become part of their texts
-NO_CLASS = re.compile('$|\\W|.*[#;"{}<>|\\\\\\[\\]，、；\u200b\ufeff\ufffd]')
+LONGEST = 1000  # characters of a class's line: more is no name, and would keep the tokenizer busy for hours
+# Quotes, brackets, comments in a list of classes would become part of their texts
+NO_CLASS = re.compile(r'\W|.*[#;"{}<>|\\\[\]，、；\ufffd]')
 
 
 class DataError(UserError):
@@ -42,10 +42,10 @@ def short(name):
     return repr(name if len(name) <= 60 else name[:60] + "…")
 
 
-def read_lines(path, numbered=False):
+def read_lines(path, classes=False):
     """Text file -> its lines without spaces around them and without empty ones; UTF-8, or UTF-16 with its mark.
 
-    numbered: masks count the lines, so that an empty one or a comment is refused."""
+    classes: the lines are names for CLIP, and masks count them, so that empty ones, numbers, comments are refused."""
     if not path.is_file():  # a pipe would be waited for
         raise DataError(f"no file {path}: expected a text file with one name per line")
     data = path.read_bytes()
@@ -55,9 +55,9 @@ def read_lines(path, numbered=False):
         raise DataError(f"cannot read {path} as UTF-8 text: save it again with the encoding UTF-8") from None
     # composed, as CLIP reads them: macOS writes é as two characters
     lines = [unicodedata.normalize("NFC", line.strip()) for line in re.split("\r\n|\r|\n", text.rstrip())]
-    for n, line in enumerate(lines, 1):
-        odd = len(line) > LONGEST or any(unicodedata.category(c) in ("Cc", "Zl", "Zp", "Co", "Cn") for c in line)
-        if odd or numbered and lines != [""] and (NO_CLASS.match(line) or re.match(rf"0*({n - 1}|{n})\b", line)):
+    for n, line in enumerate(lines if classes else [], 1):
+        counted = re.match(rf"0*({n - 1}|{n})\b", line)
+        if not line or counted or len(line) > LONGEST or not line.isprintable() or NO_CLASS.match(line):
             raise DataError(f"line {n} of {path} is {short(line)}: expected one name a line in UTF-8, without numbers, "
                             f"quotes, comments, tabs or empty lines, at most {LONGEST:,} characters")
     return list(filter(None, lines))

@@ -11,8 +11,8 @@ TEMPLATES = tuple(PROTOCOL["coco-stuff"]["templates"])
 
 
 def open_folder(root, name, templates=TEMPLATES, recipe=FOLDER):
-    classes = read_lines(root / "classes.txt", numbered=True)
-    if not classes or len(classes) > INVALID:
+    classes = read_lines(root / "classes.txt", classes=True)
+    if len(classes) > INVALID:
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, expected one for each class, {INVALID} at most "
                         "(masks have 8 bits)")
     unseen = read_lines(root / "unseen.txt") if (root / "unseen.txt").exists() else []

@@ -10,12 +10,12 @@ TOY = Recipe(steps=300, batch_size=32, lr=3e-3, warmup=15, crop=world.SIZE, scal
              body="small", clip="toy/clip.pt", short_side=world.SIZE, window=world.SIZE, stride=48)
 
 
-def open_toy(root):
+def open_toy(root, name):
     if root == world.ROOT and not root.exists():
         print(f"drawing scenes of emoji into {root} …", flush=True)
         with contextlib.suppress(FileExistsError):  # another process was first: its world is the same
             world.write(root)
-    source = open_folder(root, "toy", world.TEMPLATES, TOY)
+    source = open_folder(root, name, world.TEMPLATES, TOY)
     if source.classes != world.CLASSES:
         raise DataError(f"{root} was not drawn by this version: delete it, and `python -m toy.world --root {root}` "
                         f"draws it again; to train on it as it is, use --dataset {root}")

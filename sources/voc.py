@@ -8,7 +8,7 @@ import shutil
 
 from PIL import Image
 
-from sources.dataset import PROTOCOL, DataSource, Recipe, locate, places
+from sources.dataset import PROTOCOL, benchmark, locate, places
 from sources.download import Archive, bring
 from sources.files import MASKS, list_files, pair_up, read_lines
 from sources.matlab import read_segmentation
@@ -21,7 +21,6 @@ TREE = {"JPEGImages": "17,125 .jpg of VOC 2012",
         AUG: "12,031 .png of VOC and SBD together: all that val.txt does not name are for training",
         VAL: "1,449 names"}
 SBD_MASKS = "benchmark_RELEASE/dataset/cls"
-COUNTS = 10582, 1449  # training, test images
 VOC = Archive("VOCtrainval_11-May-2012.tar", 1_999_639_040, "6cd6e144f989b92b3379bac3b3de84fd", (
     "http://thor.robots.ox.ac.uk/pascal/VOC/voc2012/", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
     "https://d2l-data.s3-accelerate.amazonaws.com/"), unpacked=1_950_000_000)
@@ -29,14 +28,13 @@ SBD = Archive("benchmark.tgz", 1_419_539_633, "82b4d87ceb2ed10f6038a1cba92111cb"
     "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/",), unpacked=200_000_000)
 
 
-def open_voc(root):
-    where = locate(root, INSIDE, TREE, f"python data.py --dataset voc --data-root {root} --download makes it")
-    protocol, val = PROTOCOL["voc"], read_lines(where[VAL])
+def open_voc(root, name):
+    where = locate(root, INSIDE, TREE, f"python data.py --dataset {name} --data-root {root} --download makes it")
+    protocol, val = PROTOCOL[name], read_lines(where[VAL])
     images, masks = list_files(where["JPEGImages"], (".jpg",)), list_files(where[AUG], MASKS)
     train = pair_up(sorted(masks.keys() - set(val)), images, masks, where[AUG])
     test = pair_up(val, images, list_files(where["SegmentationClass"], MASKS), where[VAL])
-    return DataSource("voc", protocol["classes"], set(protocol["unseen"]), {k + 1: k for k in range(20)}, train, test,
-                      tuple(protocol["templates"]), Recipe(steps=protocol["iterations"]), (0, 255), COUNTS)
+    return benchmark(name, protocol, protocol["unseen"], {k + 1: k for k in range(20)}, (0, 255), train, test)
 
 
 def download(root, folder):

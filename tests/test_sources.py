@@ -61,13 +61,12 @@ def test_official_trees(name, trees):
                 want = IGNORE if k is None or training and k in unseen else source.seen.index(k) if training else k
                 assert (labels.numpy()[raw == value] == want).all()
     remarks, picture = data_check.check(source)
-    train, val = MODULES[name].COUNTS
+    train, val = p["train_images"], p["val_images"]
     assert [remark for remark in remarks if "classes are in none" not in remark] == [
-        f"warning: 12 training images, the benchmark has {train}: scores not comparable",
-        f"warning: 3 test images, the benchmark has {val}: scores not comparable"]
+        f"warning: 12 training and 3 test images, the benchmark has {train} and {val}: scores not comparable"]
     assert picture.size[0] == 2 * 192 + 6
     for part, file_list in (("training", source.train), ("test", source.val)):
-        read, _ = data_check.look_at(file_list, part, full=False)
+        read, _ = data_check.look_at(file_list, part)
         labels = set(data_check.sample(source, part, read)[1].unique().tolist())
         assert IGNORE in labels and bool(labels & unseen) == (part == "test")
     assert sources.without_unseen(source) == [file for i, file in enumerate(source.train) if i % 3]  # as drawn
@@ -295,7 +294,7 @@ def test_the_whole_check_reads_every_file_and_names_each_kind_of_fault(tmp_path,
     data_check.main(args)
     assert re.search(r"training images: \d+ of 230 read, 0:00:\d\d left\n(.*\n)*no error", capsys.readouterr().out)
     (root / "masks/001.png").write_bytes(png(np.where(labels, labels, 5)))
-    assert f"looked at 100 images of each part at most: `python data.py --dataset {root}`" in data_check.check(
+    assert f"looked at up to 100 images a part: `python data.py --dataset {root}`" in data_check.check(
         sources.open_dataset(root))[0][-1]
     (root / "masks/002.png").write_bytes(png(labels)[:-30])
     for stem in ("004", "005", "007", "008"):
