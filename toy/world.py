@@ -21,8 +21,8 @@ from PIL import Image
 
 from support import pictures
 
-SHEET = Path(__file__).with_name("sprites.png")  # by toy/render.py: 12 nouns a row, each in STYLES neighbouring cells
-SIDE, STYLES = 48, 3  # pixels a side of a cell; drawings of a noun: Noto's, Twemoji's, Fluent's
+SHEET = Path(__file__).with_name("sprites.png")  # its sources and licences: THIRD_PARTY.md
+SIDE, STYLES = 48, 3  # pixels a side of a cell; neighbouring cells a noun: Noto's, Twemoji's, Fluent's drawing
 
 
 def read_nouns():
