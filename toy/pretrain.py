@@ -36,7 +36,6 @@ from toy import world
 
 CONFIG = dict(embed_dim=128, image_resolution=world.SIZE, vision_layers=4, vision_width=128, vision_patch_size=8,
               context_length=77, vocab_size=49408, transformer_width=64, transformer_layers=3)
-NOUNS = world.CLASSES + world.OTHERS
 LR, WARMUP, WEIGHT_DECAY = 2e-3, 50, 0.1  # peak rate; steps of warm-up at the start of each stage
 KEPT = 0.4  # share of an image's patches that CLIP sees in training
 SHIFT = 3  # pixels, at most, that a scene is moved each time it is shown
@@ -198,10 +197,10 @@ def zero_shot(model, seed, count=2000):
     """Top-1 among all nouns on scenes of one thing, in percent: of all of them, and of those that show a class."""
     images, scenes = draw_all(count, [seed, len(STAGES)], dict(others=0.8, things=(1, 1)))
     z = F.normalize(torch.cat([model.encode_image(chunk / 255) for chunk in images.split(256)]), dim=-1)
-    t = text_embeddings(model, NOUNS, world.TEMPLATES)
-    right = torch.tensor([NOUNS[k] in names for k, names in zip((z @ t.T).argmax(1), scenes)])
+    t = text_embeddings(model, world.NOUNS, world.TEMPLATES)
+    right = torch.tensor([world.NOUNS[k] in names for k, names in zip((z @ t.T).argmax(1), scenes)])
     own = torch.tensor([bool(set(names) & set(world.CLASSES)) for names in scenes])
-    things = torch.tensor([bool(set(names) & set(NOUNS)) for names in scenes])
+    things = torch.tensor([bool(set(names) & set(world.NOUNS)) for names in scenes])
     return {"nouns": percent(right[things]), "classes among nouns": percent(right[own])}
 
 
