@@ -105,9 +105,10 @@ def now(device):
 
 def held(device):
     """Bytes that PyTorch holds on the GPU now, 0 on a CPU; `peak_mb` counts from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def peak_mb(device, others=0):
@@ -134,7 +135,7 @@ def training(flags, args, device):
     The clock is in the loader. It starts when the batches that were made in advance are used up, and stops `repeats`
     steps later, before the last step, which saves."""
     first = 2 + 2 * args.workers
-    last, clock, waited, peaks = first + args.repeats, [], [], []
+    last, read, waited = first + args.repeats, [], []
 
     class Timed(DataLoader):
         def __iter__(self):
@@ -142,17 +143,16 @@ def training(flags, args, device):
             for i, batch in enumerate(super().__iter__()):
                 waited.append(time.perf_counter() - asked)
                 if i in (first, last):
-                    peaks.append(peak_mb(device))
-                    clock.append(now(device))
+                    read.append((now(device), peak_mb(device)))
                 yield batch
                 asked = time.perf_counter()
 
     held(device)
     with mock.patch.object(data, "DataLoader", Timed):
         train.main(train.parse([*flags, "--steps", str(last + 1)]))
-    seconds = clock[1] - clock[0]
-    return {"images_per_s": args.batch_size * args.repeats / seconds, "peak_mb": peaks[1],
-            "loader": sum(waited[first + 1:last + 1]) / seconds}
+    (start, _), (end, peak) = read
+    return {"images_per_s": args.batch_size * args.repeats / (end - start), "peak_mb": peak,
+            "loader": sum(waited[first + 1:last + 1]) / (end - start)}
 
 
 def testing(nets, recipe, args, device):

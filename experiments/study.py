@@ -182,25 +182,22 @@ def report(lines, left_out):
     """-> Markdown. left_out: the number of lines of other commits"""
     devices, hours = sorted({line["device"] for line in lines}), sum(line["seconds"] for line in lines) / 3600
     return (f"Commit {lines[-1]['commit']}{f' ({left_out} lines of others are left out)' * bool(left_out)}, "
-            f"{' and '.join(devices)}, {len(lines)} runs of one thread, {hours:.1f} hours in all. Mean ± standard "
-            "deviation over worlds, percent, γ = 0. `full` − row: paired by world, with the 95 % interval of Student's "
-            "t, bold where it leaves out 0; negative: the row is better. A row with `images=N`, the first N training "
-            "images, is compared with `full images=N`. Commands go on with `--data-root data/toy-N --device cpu "
-            f"--workers 0`.\n\n{table(lines, rows_of(lines))}\n\n![full − row in hIoU]({REPORT.stem}.png)\n")
+            f"{' and '.join(devices)}, {len(lines)} runs of one thread, {hours:.1f} hours in all.\n\n"
+            f"{table(lines, rows_of(lines))}\n\n![full − row in hIoU]({REPORT.stem}.png)\n")
 
 
 def plot(lines):
     """full − row in hIoU: for each row a point, and a bar for its 95 % interval."""
     rows = {row: found for row in rows_of(lines) if (found := gain(lines, row))}
-    ends = [0, 10, *(middle + side * half for middle, half in rows.values() for side in (-1, 1))]
-    low, high = math.floor(min(ends) / 10), math.ceil(max(ends) / 10)  # tens of hIoU
-    place = lambda value: 150 + 650 * (value / 10 - low) / (high - low)  # noqa: E731  pixels from the left
+    low = min([0, *(10 * math.floor((middle - half) / 10) for middle, half in rows.values())])
+    high = max([10, *(10 * math.ceil((middle + half) / 10) for middle, half in rows.values())])
+    place = lambda value: 150 + 650 * (value - low) / (high - low)  # noqa: E731  pixels from the left
     canvas = Image.new("RGB", (820, 60 + 26 * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
     pictures.write(pen, (150, 4), "full − row, hIoU (right of 0: full is better)", 14)
-    for x, number in ((place(10 * i), 10 * i) for i in range(low, high + 1)):
-        pen.line((x, 46, x, canvas.height - 8), fill="lightgrey" if number else "black")
-        pictures.write(pen, (x, 28), str(number), 12, anchor="mt")
+    for number in range(low, high + 1, 10):
+        pen.line((place(number), 46, place(number), canvas.height - 8), fill="lightgrey" if number else "black")
+        pictures.write(pen, (place(number), 28), str(number), 12, anchor="mt")
     for y, (row, (middle, half)) in zip(range(60, canvas.height, 26), rows.items()):
         pictures.write(pen, (140, y), row[:20], 14, anchor="rm")
         pen.line((place(middle - half), y, place(middle + half), y), fill=pictures.LINES[1], width=3)

@@ -87,7 +87,7 @@ def test_muon_is_torchs():
 
 def test_every_noun_has_three_sprites_that_differ():
     drawn = world.read_sprites()
-    assert len(drawn) == len(pretrain.NOUNS) == len({*pretrain.NOUNS, *world.GROUNDS}) - len(world.GROUNDS) == 288
+    assert len(drawn) == len(world.NOUNS) == len({*world.NOUNS, *world.GROUNDS}) - len(world.GROUNDS) == 288
     cells = {cell.tobytes() for stack in drawn.values() for cell in stack}
     assert len(cells) == 3 * 288 and all((stack[..., 3] > 0.5).mean() > 0.08 for stack in drawn.values())
 

@@ -21,16 +21,10 @@ from PIL import Image
 
 from support import pictures
 
-SHEET = Path(__file__).with_name("sprites.png")  # by toy/render.py: 12 nouns a row, each in STYLES neighbouring cells
-SIDE, STYLES = 48, 3  # pixels a side of a cell; drawings of a noun: Noto's, Twemoji's, Fluent's
-
-
-def read_nouns():
-    """toy/sprites.txt, an emoji and its noun a line -> {noun: emoji}, in the order of the sheet."""
-    lines = SHEET.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    return {noun: emoji for emoji, noun in (line.split(" ", 1) for line in lines)}
-
-
+SHEET = Path(__file__).with_name("sprites.png")  # where the emoji are from, and their licences: THIRD_PARTY.md
+SIDE, STYLES = 48, 3  # pixels a side of a cell; neighbouring cells a noun: Noto's, Twemoji's, Fluent's drawing
+# sprites.txt has an emoji and its noun a line, in the order of the sheet
+NOUNS = [line.split(" ", 1)[1] for line in SHEET.with_suffix(".txt").read_text(encoding="utf-8").splitlines()]
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining plate", "dog",
            "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
 VOC_UNSEEN = ("potted plant", "sheep", "sofa", "train", "tv monitor")
@@ -39,7 +33,7 @@ GROUNDS = {  # two colours, of which `_pattern` makes a texture
     "water": ((0.08, 0.32, 0.58), (0.37, 0.66, 0.84)), "sky": ((0.45, 0.70, 0.96), (1.00, 1.00, 1.00)),
     "snow": ((0.82, 0.86, 0.93), (0.98, 0.99, 1.00)), "brick wall": ((0.56, 0.22, 0.16), (0.80, 0.76, 0.72)),
     "wooden floor": ((0.38, 0.24, 0.13), (0.76, 0.55, 0.33)), "night sky": ((0.03, 0.04, 0.16), (0.90, 0.90, 0.85))}
-OTHERS = [noun for noun in read_nouns() if noun not in CLASSES]  # 268: void
+OTHERS = [noun for noun in NOUNS if noun not in CLASSES]  # 268: void
 TEMPLATES = ("a photo of {}", "a picture of {}", "{}")  # the captions of pretrain.py start the same ways
 VOID = 255
 SIZE = 64  # pixels a side
@@ -104,7 +98,7 @@ def read_sprites():
     cells = sheet.reshape(len(sheet) // SIDE, SIDE, -1, SIDE, 4).swapaxes(1, 2)  # (rows, columns, SIDE, SIDE, 4)
     cells[..., :3] *= cells[..., 3:]
     cells = np.pad(cells.reshape(-1, STYLES, SIDE, SIDE, 4), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    return dict(zip(read_nouns(), cells))
+    return dict(zip(NOUNS, cells))
 
 
 def _emoji(rng, noun, x, y, cx, cy, side):
