@@ -1,6 +1,6 @@
 """Trains what the toy data set starts from: its tiny CLIP, toy/clip.pt, and its body, toy/body.pt.
 
-    python -m toy.pretrain     # about an hour on one core without AMX; its record is toy/pretrained.json
+    python -m toy.pretrain     # one to two hours on one core without AMX; its record is toy/pretrained.json
 
 CLIP learns all nouns of toy/sprites.txt, unseen classes too, from scenes and their captions, without masks, in three
 stages: small scenes of one emoji, larger ones, scenes as the data set's. Most patches are left out of each image (FLIP,
@@ -237,7 +237,11 @@ def train_body(seed, precision):
 
 
 def write(model, path):
-    atomic(path, lambda partial: torch.save({key: x.half() for key, x in model.state_dict().items()}, partial))
+    def save(partial):
+        with open(partial, "wb") as file:  # given a name, torch writes it into the file, which changes its hash
+            torch.save({key: x.half() for key, x in model.state_dict().items()}, file)
+
+    atomic(path, save)
     return clip.file_sha256(path)
 
 
