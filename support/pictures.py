@@ -84,21 +84,12 @@ def texts(names):
             for k, name in names.items()}
 
 
-def font(size):
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one small font without anchors
-        return ImageFont.load_default()
-
-
-def write(pen, place, text, size, **how):
-    if not isinstance(font(size), ImageFont.FreeTypeFont):
-        how.pop("anchor", None)
-    pen.text(place, text, font=font(size), **{"fill": "black", **how})
+def write(pen, place, text, size, fill="black", anchor=None):
+    pen.text(place, text, fill, ImageFont.load_default(size), anchor)
 
 
 def length(text, size):
-    return math.ceil(font(size).getlength(text))
+    return math.ceil(ImageFont.load_default(size).getlength(text))
 
 
 def with_legend(canvas, entries, size):
