@@ -74,12 +74,12 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
     K, recipe = len(source.classes), source.recipe
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    gammas = {"gamma_0": 0.0}
+    gammas = [0.0]
     if gamma is not None:
-        gammas["calibrated"] = gamma
+        gammas.append(gamma)
     if unseen_only:
-        gammas["unseen_only"] = UNSEEN_ALONE
-    lower_by = torch.tensor(list(gammas.values()), device=device)[:, None] * seen  # (G, K)
+        gammas.append(UNSEEN_ALONE)
+    lower_by = torch.tensor(gammas, device=device)[:, None] * seen  # (G, K)
     matrices = torch.zeros(len(gammas), K, K, dtype=torch.long, device=device)
     part = data.ValSet(source, processes.rank(), processes.world_size())
     items = iter(DataLoader(part, batch_size=None, num_workers=0 if device.type == "cpu" else 4,
@@ -105,11 +105,10 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
         dist.all_reduce(matrices)
     unseen = sorted(source.unseen)
     names = [source.classes[k] for k in unseen]
-    result = {"images": len(source.val), "dataset": source.name, "unseen": names}
-    for key, matrix in zip(gammas, matrices):
-        result[key] = metrics(matrix, source.classes, source.unseen)
+    result = {"images": len(source.val), "dataset": source.name, "unseen": names,
+              "gamma_0": metrics(matrices[0], source.classes, source.unseen)}
     if gamma is not None:
-        result["calibrated"]["gamma"] = gamma
+        result["calibrated"] = metrics(matrices[1], source.classes, source.unseen) | {"gamma": gamma}
     if unseen_only:
         alone = metrics(matrices[-1][unseen][:, unseen], names, range(len(names)))
         result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"], "IoU": alone["IoU"]}

@@ -56,7 +56,8 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
         raise UserError(f"threshold {threshold}: expected a cosine from -1 to 1")
     picture = as_tensor(image)
     device = processes.start(device)
-    classes, checkpoint = classes if classes is None else tuple(split(classes)), find_checkpoint(run)
+    classes = None if classes is None else tuple(split(classes))
+    checkpoint = find_checkpoint(run)
     written_at = checkpoint.stat().st_mtime if checkpoint.is_file() else None  # so that a newer one is not passed over
     model, names, seen, config = load(checkpoint, written_at, classes, other, device, clip_file)
     test, least = config["test"], -math.inf if threshold == -1 else threshold / model.tau

@@ -173,11 +173,11 @@ def places(index, boxes):
 def curves(log):
     """log.jsonl -> losses (log scale), scores, learning rate and k over the steps, one panel each."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    series = {key: [(line["step"], line[key]) for line in lines if line.get(key) and math.isfinite(line[key])]
-              for keys in PANELS for key in keys}  # a loss that is switched off is 0 throughout
+    # without zeros: a loss that is switched off is 0 throughout
+    series = {key: [(line["step"], line[key]) for line in lines if line.get(key)] for keys in PANELS for key in keys}
     panels = [{key: series[key] for key in keys if series[key]} for keys in PANELS if any(map(series.get, keys))]
-    last = max((line["step"] for line in lines), default=0) or 1
-    canvas = Image.new("RGB", (2 * PANEL[0], PANEL[1] * -(-len(panels) // 2) or 1), "white")
+    last = max(line["step"] for line in lines) or 1
+    canvas = Image.new("RGB", (2 * PANEL[0], PANEL[1] * -(-len(panels) // 2)), "white")
     for i, series in enumerate(panels):
         panel(canvas, i % 2 * PANEL[0], i // 2 * PANEL[1], series, last, log_scale="loss" in series)
     return canvas

@@ -98,8 +98,7 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
         ([1, 2], "expected one CLIP.*SigLIP.*, found 0: of 0 tensors"), ({"a": small, "b": dict(small)}, "found 2"),
         (image, "not the weights of a whole CLIP .*KeyError: 'text_projection'"),
         (beside | {"model_ema": {"visualproj": proj}}, "would change .*'model_ema.visualproj'.*merge"),
-        (beside | {"adapters": [one, one]}, "2 tensors that would"), (beside | {"state_dict.visual.proj": proj}, "two"),
-        ({long: {"a": small}}, "a name of 1000001 characters"),
+        (beside | {"adapters": [one, one]}, "2 tensors that would"),
         (clip.CLIP(**SMALL | dict(vision_width=1280, vision_layers=1)).state_dict(), "width 1280, OpenAI's widest")]
     contents += [(small | {key: value}, message) for key, value, message in [
         ("visual.more", one, "another model: .*'visual.more', is unexpected"), (long, proj, "'x{60}', is unexpected"),
@@ -119,16 +118,6 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
     refused(Path(long), "no CLIP file x{200}: give")
     path.unlink()
     refused(tmp_path, "a folder without open_clip_model.safetensors, .*save_pretrained")
-
-
-@pytest.mark.parametrize("name, ok", [("net-{:.8}.pth", 1), ("{}", 1), ("net-a0b1c2d3.pth", 0), ("a0b1c2d3" * 8, 0),
-                                      ("net-20240131.pth", 1)])  # the last is a date
-def test_a_sha256_in_the_name_is_checked(name, ok, small, tmp_path):
-    """As torch.hub names files, and Hugging Face's cache, which links to them."""
-    torch.save(small, tmp_path / "w.pt")
-    target = (tmp_path / "w.pt").rename(tmp_path / name.format(clip.file_sha256(tmp_path / "w.pt")))
-    (tmp_path / "link.pt").symlink_to(target)
-    same(tmp_path / "link.pt", small) if ok else refused(tmp_path / "link.pt", "sha256.*a0b1c2d3.*rename")
 
 
 def test_damaged_safetensors_are_refused_and_take_no_memory(small, tmp_path):

@@ -20,7 +20,6 @@ from bodies import ModelError
 from sources import DataError
 from sources.files import read_image
 from support import UserError, pictures, processes, progress, windows
-from support.checkpoint import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -108,10 +107,6 @@ def test_a_run_whose_clip_has_moved_takes_it_from_elsewhere_but_takes_no_other(r
     assert torch.equal(moved, predict.segment(photo, run=run, device="cpu")[0])
     with pytest.raises(ModelError, match="other.pt is not the CLIP that .* was trained with"):
         predict.segment(photo, run=tmp_path, device="cpu", clip_file=other)
-    saved["config"]["classes"][1] = ","
-    torch.save(saved, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="a class without a word"):
-        predict.segment(photo, "cat", run=tmp_path / "last.pt", device="cpu", clip_file=elsewhere)
 
 
 def test_other_words_do_not_load_the_run_again_but_a_newer_checkpoint_does(run, photo, monkeypatch):
@@ -148,7 +143,7 @@ def test_synonyms_others_gamma_and_threshold(run, photo):
     for wrong in ("", "cat, cat", ["|", "_"], [f"thing {i}" for i in range(254)]):
         with pytest.raises(UserError, match="different ones: expected 1 to 253"):
             ask(wrong)
-    for wrong in ({"threshold": 30}, {"gamma": float("nan")}, {"short_side": 0}):
+    for wrong in ({"threshold": 30}, {"short_side": 0}):
         with pytest.raises(UserError, match="expected"):
             ask("cat, dog", **wrong)
 

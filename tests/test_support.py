@@ -12,13 +12,12 @@ import signal
 import subprocess
 import sys
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_inside
-from PIL import Image, ImageFont
+from PIL import Image
 
 import losses
 import train
@@ -133,30 +132,17 @@ def test_damaged_and_hostile_files_are_named(out):
         torch.save(value, file := io.BytesIO(), **how)
         return file.getvalue()
 
-    good, bomb = (out / "last.pt").read_bytes(), io.BytesIO()
-    flipped = bytearray(good)
+    good, flipped = (out / "last.pt").read_bytes(), bytearray((out / "last.pt").read_bytes())
     flipped[good.index(load(out / "last.pt")["bank"].numpy().tobytes()[:16])] ^= 1  # one bit: only a checksum can tell
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as made:
-        made.writestr("x/data/0", bytes(10 ** 7))
     for bad, words in (
-            (good[:len(good) // 2], "is truncated"), (flipped, "is truncated or damaged.*record"), (b"", "is no"),
-            (bomb.getvalue(), "unpacks to ten times"), (b"hello", "is no checkpoint"), (pickle.dumps(Evil()), "is no"),
-            (saved({"format": checkpoint.FORMAT, "model": {"a": Evil()}, "config": {}}), "is truncated"),
-            (saved({"model": Evil()}, _use_new_zipfile_serialization=False), "is no checkpoint")):
+            (good[:len(good) // 2], "is truncated"), (flipped, "is damaged .record"), (b"", "it begins with|no format"),
+            (b"hello", "no format"), (pickle.dumps(Evil()), "no format"), (saved([1]), "has format None, this code"),
+            (saved({"format": 1}), "has format 1, this code reads"),
+            (saved({"format": checkpoint.FORMAT, "model": {"a": Evil()}}), "wants the class posix.system"),
+            (saved({"model": Evil()}, _use_new_zipfile_serialization=False), "no format")):
         (out / "last.pt").write_bytes(bad)
         refused(out, f"{out}/last.pt .*{words}.*")
     assert not (out / "ran").exists()
-
-
-@pytest.mark.parametrize("key, value", [
-    ("extra", {1, 2}), ("step", "4"), ("bank", torch.full((2, 3), torch.nan)), ("scaler", None), ("format", 1),
-    ("model", {"weight": torch.zeros(1).expand(10 ** 12)}), ("model", {3: torch.zeros(2)})])
-def test_a_checkpoint_with_foreign_values_is_refused(key, value, stopped, tmp_path):
-    saved = load(stopped / "last.pt")
-    (saved if key in saved else saved["config"])[key] = value
-    torch.save(saved, tmp_path / "last.pt")
-    words = {"format": "has format 1, this code reads", "model": "is .*ArchiveError"}
-    refused(tmp_path, "last.pt " + words.get(key, "is (truncated or damaged, or )?no checkpoint"))
 
 
 def test_the_newest_run(tmp_path, monkeypatch):
@@ -182,12 +168,6 @@ def test_resume_is_exact_says_what_may_change_and_refuses_the_rest(out, flags, o
 
     saved, before = load(out / "last.pt"), files()
     assert "cannot be resumed with other settings: seed was 0, is 1. Use" in resume("--seed", 1)
-    moments = saved["optimizer"]["state"]
-    for wrong in ({"bank": torch.zeros(2, 4)}, {"optimizer": {"state": moments, "param_groups": []}},
-                  {"optimizer": saved["optimizer"] | {"state": {0: moments[0] | {"exp_avg": torch.zeros(3)}}}}):
-        torch.save(saved | wrong, out / "last.pt")
-        assert "the checkpoint's optimiser or bank is not of this model" in resume()
-    (out / "last.pt").write_bytes(before["last.pt"])
     assert files() == before  # a refused run has touched nothing
 
     other = shutil.copytree(out, out.parent / "other")
@@ -218,9 +198,8 @@ def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch)
         "--resume", "--seed", 7)
     assert "runs/own holds a run: --resume continues it" in run("--out-dir", "runs/own")
     assert run("--out-dir", "x/y", "--resume") == run("--out-dir", "x/y", "--resume") == "x/y"  # the first starts it
-    for text in ("{", "[]", "{}"):  # of a run that somebody edited
-        (tmp_path / "runs/own-3/config.json").write_text(text)
-        assert run("--resume") == "runs/own"
+    (tmp_path / "runs/own-3/config.json").write_text("{}")  # of a run that somebody edited
+    assert run("--resume") == "runs/own"
     assert "no run runs/own to resume" in (os.rename("runs", "elsewhere"), run("--resume"))[1]
     checkpoint.LOCKS.clear()  # as when these trainings' processes have ended
     holder = subprocess.Popen([sys.executable, "-c", "from support import checkpoint; from pathlib import Path; "
@@ -332,10 +311,7 @@ def test_an_overlay_keeps_the_picture_where_no_class_is():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (3000, 2), (2400, 1200)])
-@pytest.mark.parametrize("old", [False, True])
-def test_pictures_of_any_size_with_names_in_any_script(size, old, monkeypatch):
-    if old:  # Pillow before 10.1
-        monkeypatch.setattr(ImageFont, "load_default", lambda: ImageFont.load_default_imagefont())
+def test_pictures_of_any_size_with_names_in_any_script(size):
     names = ["café", "猫", "", "x" * 200, *(f"thing {i}" for i in range(100))]
     labels, image = torch.randint(0, 120, size, dtype=torch.uint8), torch.zeros(3, *size, dtype=torch.uint8)
     drawn = pictures.overlay(image, labels, names)
@@ -350,9 +326,9 @@ def test_colours_differ():
 
 
 @pytest.mark.parametrize("panels, lines", [
-    (0, []), (3, [{"step": 0, "loss": 2.0, "seg": 2.0, "sgd": 0.0, "lr": 1e-4, "k": 9.5}]),
+    (3, [{"step": 0, "loss": 2.0, "seg": 2.0, "sgd": 0.0, "lr": 1e-4, "k": 9.5}]),
     (3, [{"step": step, "loss": 1.0, "seg": 1.0, "lr": 1e-3, "k": 1} for step in (0, 20)]),
-    (2, [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20, "loss": float("nan"), "lr": float("inf")}]),
+    (2, [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20}]),
     (4, [{"step": 0, "loss": 90.0, "lr": 0.1, "k": 4}, {"step": 80000, "loss": 1e-4, "lr": 0.0, "k": 4},
          {"step": 80000, "mIoU_seen": 50.0, "mIoU_unseen": None, "hIoU": None, "seconds": 4}]),
     (1, [{"step": step, "k": 256 - 230 * step / 100} for step in range(101)])])
@@ -361,7 +337,7 @@ def test_curves_of_any_log_go_where_the_values_are(panels, lines, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         drawn = pictures.curves(tmp_path / "log.jsonl")
-    assert drawn.size == (1120, max(300 * -(-panels // 2), 1))
+    assert drawn.size == (1120, 300 * -(-panels // 2))
     if panels == 1:  # k falls from 256 to 26 in a straight line: its red line, read back from the pixels
         red = abs(np.asarray(drawn).astype(int)[44:262, :530] - np.array(pictures.LINES[0])).sum(-1) < 30
         rows, columns = np.nonzero(red)
