@@ -23,7 +23,7 @@ from bodies import ModelError
 from losses import IGNORE
 from model import build
 from support import UserError, pictures, processes, windows
-from support.checkpoint import find_checkpoint, newest_run, read_checkpoint, write_json
+from support.checkpoint import find_checkpoint, read_checkpoint, write_json
 from support.command import run_command
 from support.progress import Progress
 
@@ -220,7 +220,7 @@ def trained_on(config, classes):
 
 def main(args):
     device = processes.start(args.device)
-    checkpoint = find_checkpoint(args.checkpoint or args.run or processes.from_first(newest_run))
+    checkpoint = processes.from_first(lambda: find_checkpoint(args.checkpoint or args.run))
     model, config = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:

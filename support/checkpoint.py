@@ -97,14 +97,10 @@ def read_checkpoint(path):
 
 
 def find_checkpoint(path=None):
-    """A run's folder, a checkpoint or None, which means the newest run -> the checkpoint."""
-    path = Path(path) if path else newest_run()
-    return path / "last.pt" if path.is_dir() else path
-
-
-def newest_run():
-    """-> the last.pt under runs/ that was written last."""
-    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    """A run's folder, a checkpoint, or None, which means the last.pt under runs/ that was written last -> the file."""
+    if path:
+        return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    found = sorted(RUNS.glob("*/last.pt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise CheckpointError(f"no run under {RUNS}/: train one with python train.py, or name --checkpoint FILE")
     return found[-1]

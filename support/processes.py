@@ -22,11 +22,8 @@ def start(name=None):
 
     name: cpu, cuda or mps; by default a GPU where there is one. Raises UserError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch finds no GPU that it can use: drop --device")
-    if name == "mps" and not torch.backends.mps.is_available():
-        print("--device mps: PyTorch offers no MPS on this machine, so the CPU is used", flush=True)
-        name = "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}, but PyTorch finds no GPU of that kind that it can use: drop --device")
     device = torch.device(name)
     if name == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

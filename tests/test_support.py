@@ -148,11 +148,11 @@ def test_damaged_and_hostile_files_are_named(out):
 def test_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "RUNS", tmp_path)
     with pytest.raises(CheckpointError, match="no run under"):
-        checkpoint.newest_run()
+        checkpoint.find_checkpoint()
     for i, name in enumerate("bca"):
         checkpoint.atomic(tmp_path / name / "last.pt", lambda path: path.touch())
         os.utime(tmp_path / name / "last.pt", (i, i))
-    assert checkpoint.newest_run() == tmp_path / "a/last.pt"
+    assert checkpoint.find_checkpoint() == tmp_path / "a/last.pt"
 
 
 # ---------------------------------------------------------------- beginning and resuming
