@@ -8,6 +8,7 @@ Prints a line per class; writes metrics.json and preview.png. hIoU = 2su / (s + 
 """
 import argparse
 import dataclasses
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bodies import ModelError
 from losses import IGNORE
 from model import build
 from support import UserError, first_line, pictures, processes, windows
-from support.checkpoint import CheckpointError, newest_run, read_checkpoint, write_json
+from support.checkpoint import CheckpointError, find_checkpoint, read_checkpoint, write_json
 from support.command import run_command
 from support.progress import Progress
 
@@ -75,9 +76,12 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
         raise UserError(f"--gamma {gamma}: expected a number up to {UNSEEN_ALONE:g}")
     K, recipe = len(source.classes), source.recipe
     seen = torch.tensor([k not in source.unseen for k in range(K)], device=device)
-    gammas = {"gamma_0": 0.0, **({} if gamma is None else {"calibrated": gamma}),
-              **({"unseen_only": UNSEEN_ALONE} if unseen_only else {})}
-    lower_by = torch.tensor(list(gammas.values()), device=device)[:, None] * seen  # (G, K)
+    gammas = [0.0]
+    if gamma is not None:
+        gammas.append(gamma)
+    if unseen_only:
+        gammas.append(UNSEEN_ALONE)
+    lower_by = torch.tensor(gammas, device=device)[:, None] * seen  # (G, K)
     matrices = torch.zeros(len(gammas), K, K, dtype=torch.long, device=device)
     part = data.ValSet(source, processes.rank(), processes.world_size())
     items = iter(DataLoader(part, batch_size=None, num_workers=0 if device.type == "cpu" else 4,
@@ -101,28 +105,28 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
                 progress.say(done)
     if processes.world_size() > 1:
         dist.all_reduce(matrices)
-    names = [source.classes[k] for k in sorted(source.unseen)]
-    result = {"images": len(source.val), "dataset": source.name, "unseen": names}
-    for key, matrix in zip(gammas, matrices):
-        if key == "unseen_only":
-            matrix[source.seen] = 0  # the rows of pixels whose truth is a seen class
-        result[key] = metrics(matrix, source.classes, source.unseen)
+    unseen = sorted(source.unseen)
+    names = [source.classes[k] for k in unseen]
+    result = {"images": len(source.val), "dataset": source.name, "unseen": names,
+              "gamma_0": metrics(matrices[0], source.classes, source.unseen)}
     if gamma is not None:
-        result["calibrated"]["gamma"] = gamma
+        result["calibrated"] = metrics(matrices[1], source.classes, source.unseen) | {"gamma": gamma}
     if unseen_only:
-        alone = result["unseen_only"]
-        result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"],
-                                 "IoU": {name: alone["IoU"][name] for name in names}}
+        alone = metrics(matrices[-1][unseen][:, unseen], names, range(len(names)))
+        result["unseen_only"] = {"pAcc": alone["pAcc"], "mIoU": alone["mIoU_unseen"], "IoU": alone["IoU"]}
     return result
 
 
 # ---------------------------------------------------------------- what people see
 
 
+def cell(value):
+    return f"{value:8.1f}" if value is not None else f"{'–':>8}"
+
+
 def table(result, source):
     """The result as text: one line per class, then the four scores; a second column if γ was given."""
     columns = [result[key] for key in ("gamma_0", "calibrated") if key in result]
-    cell = lambda value: f"{value:8.1f}" if value is not None else "       –"  # noqa: E731
     width = max(len(name) for name in [*source.classes, *FIGURES.values()]) + 2
     lines = [f"{'IoU, %':<{width}}" + "".join(f"  γ={c.get('gamma', 0):<4g}" for c in columns)]
     for k, name in enumerate(source.classes):
@@ -140,15 +144,15 @@ def table(result, source):
     return "\n".join(lines)
 
 
-def preview(model, source, device, precision, images=6, among=50):
-    """Test images, two per row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
+def preview(model, source, device, precision):
+    """Six test images, two per row: image | truth | prediction (γ = 0), legend below; unseen classes have a *.
 
-    Of the first `among` images those that show an unseen class come first. Void is white, in the prediction too."""
+    Of the first fifty those that show an unseen class come first. Void is white, in the prediction too."""
     view, recipe, samples, shown = data.ValSet(source), source.recipe, [], set()
     nothing = torch.zeros(1, len(source.classes), device=device)  # taken off the logits
-    first = [view[i] for i in range(min(among, len(view)))]
+    first = [view[i] for i in range(min(50, len(view)))]
     first.sort(key=lambda item: not source.unseen & set(item[1].unique().tolist()))  # else in their own order
-    for image, truth, _ in first[:images]:
+    for image, truth, _ in first[:6]:
         with processes.autocast(device, precision):
             labels = windows.label(model.logits, [image], recipe.short_side, recipe.window, recipe.stride, nothing)[0]
         labels = labels[0].cpu().masked_fill(truth == IGNORE, IGNORE)
@@ -170,12 +174,12 @@ def report(result, model, source, device, precision, out):
 
 
 def load_run(checkpoint, device, clip_file=None):
-    """last.pt of train.py -> (model in eval mode without CLIP's image tower, config with the checkpoint's step).
+    """last.pt of train.py -> (model in eval mode without CLIP's image tower, the run's config).
 
-    clip_file: where the run's CLIP lies now, by default where it lay in training.
+    clip_file: where the run's CLIP lies now, by default where it lay in training. Says so if the run is not finished.
     Raises CheckpointError, ModelError, CLIPError."""
     saved = processes.from_first(lambda: read_checkpoint(checkpoint))
-    config = saved["config"] | {"step": saved["step"]}
+    config = saved["config"]
     try:
         texts = [*config["classes"], *config["templates"]]
         if not all(isinstance(text, str) and text.strip(" ,_") for text in texts) or min(config["test"].values()) < 1 \
@@ -186,14 +190,17 @@ def load_run(checkpoint, device, clip_file=None):
             raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
                              "give --clip")
         model = build(clip_model, **config["model"] | {"body_weights": "none"})
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise CheckpointError(f"{checkpoint}: its settings were changed after the training, or are of another version "
                               f"({type(error).__name__}: {first_line(error)})") from None
-    del clip_model.visual  # what the head needs of it, it has copied
     model.load_trained_state(saved["model"])
+    del clip_model.visual  # what the head needs of it, it has copied
     clip_model.to(device)  # the text tower
+    if saved["step"] < config["steps"] and processes.rank() == 0:
+        print(f"the run is not finished: this is its state at step {saved['step']} of {config['steps']}",
+              file=sys.stderr, flush=True)
     return model.to(device).eval(), config
 
 
@@ -220,20 +227,12 @@ def trained_on(config, classes):
     return [any(sources.plain(word) in words for word in name.split(",")) for name in classes]
 
 
-def unfinished(config):
-    """A line for a checkpoint of a run that has not reached its last step, else None."""
-    if config["step"] < config["steps"]:
-        return f"the run is not finished: this is its state at step {config['step']} of {config['steps']}"
-
-
 # ---------------------------------------------------------------- command
 
 
 def main(args):
     device = processes.start(args.device)
-    checkpoint = args.checkpoint or args.run or processes.from_first(newest_run)
-    if checkpoint.is_dir() or args.run and not checkpoint.is_file():
-        checkpoint /= "last.pt"
+    checkpoint = processes.from_first(lambda: find_checkpoint(args.checkpoint or args.run))
     model, config = load_run(checkpoint, device, args.clip)
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
@@ -241,13 +240,11 @@ def main(args):
     if args.short_side is not None:
         source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
-    precision = args.precision or config.get("precision", "fp32")
+    precision = args.precision or config["precision"]
     result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
-    departures = filter(None, (config.get("departures"), args.short_side and f"test short side {args.short_side}"))
+    departures = filter(None, (config["departures"], args.short_side and f"test short side {args.short_side}"))
     result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(departures)}
     if processes.rank() == 0:
-        if remark := unfinished(config):
-            print(remark, flush=True)
         if source.classes != config["classes"]:
             print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",
                   flush=True)
@@ -258,25 +255,22 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tested = parser.add_argument_group("what is tested")
-    group, one = tested.add_argument, tested.add_mutually_exclusive_group().add_argument
+    add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     one("--run", type=Path, metavar="FOLDER", help="run folder (default: the newest under runs/)")
     one("--checkpoint", type=Path, metavar="FILE", help="a checkpoint instead of a run's last.pt")
-    group("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
-    group("--dataset", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: the run's own)")
-    group("--data-root", metavar="FOLDER", help="its folder (default: as in training, or data/NAME)")
-    group = parser.add_argument_group("how").add_argument
-    group("--short-side", type=int, metavar="PIXELS", help="test images are resized to it (default: as in training)")
-    group("--gamma", type=float, help="adds a column with γ subtracted from the seen classes' logits (cosine "
-          "/ τ); try 1 (default: γ = 0 alone)")
-    group("--unseen-only", action="store_true", help="also score unseen classes' pixels among unseen classes only")
-    group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp16", "fp32"), help="(default: as in training)")
-    group = parser.add_argument_group("what is written").add_argument
-    group("--save-predictions", type=Path, metavar="FOLDER", help="NAME.png of each test image: class indexes in a "
-          "palette, γ = 0 (default: none)")
-    group("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; "
-          "for another data set a folder in it)")
+    add("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
+    add("--dataset", metavar="NAME", help=f"{', '.join(sources.NAMES)} or a folder (default: the run's own)")
+    add("--data-root", metavar="FOLDER", help="its folder (default: as in training, or data/NAME)")
+    add("--short-side", type=int, metavar="PIXELS", help="test images are resized to it (default: as in training)")
+    add("--gamma", type=float, help="adds a column with γ subtracted from the seen classes' logits (cosine / τ); try "
+        "1 (default: γ = 0 alone)")
+    add("--unseen-only", action="store_true", help="also score unseen classes' pixels among unseen classes only")
+    add("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="(default: as in training)")
+    add("--save-predictions", type=Path, metavar="FOLDER", help="NAME.png of each test image: class indexes in a "
+        "palette, γ = 0 (default: none)")
+    add("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; for "
+        "another data set a folder in it)")
     return parser.parse_args(argv)
 
 

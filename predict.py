@@ -23,12 +23,12 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from evaluate import UNSEEN_ALONE, load_run, open_run_dataset, trained_on, unfinished
+from evaluate import UNSEEN_ALONE, load_run, open_run_dataset, trained_on
 from losses import IGNORE
 from sources import INVALID, DataError
 from sources.files import read_image, rgb
 from support import UserError, pictures, processes, windows
-from support.checkpoint import newest_run, read_checkpoint, write_json
+from support.checkpoint import find_checkpoint, read_checkpoint, write_json
 from support.command import run_command
 
 OTHER = "other, background, something else"  # OURS: the words that --other sets against the classes
@@ -56,8 +56,10 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
         raise UserError(f"threshold {threshold}, gamma {gamma}: expected a cosine from -1 to 1, and a number up to 1e9")
     picture = as_tensor(image)
     device = processes.start(device)
-    model, names, seen, config = load(*written(run), classes if classes is None else tuple(split(classes)), other,
-                                      device, clip_file)
+    classes = None if classes is None else tuple(split(classes))
+    checkpoint = find_checkpoint(run)
+    written_at = checkpoint.stat().st_mtime if checkpoint.is_file() else None  # so that a newer one is not passed over
+    model, names, seen, config = load(checkpoint, written_at, classes, other, device, clip_file)
     test, least = config["test"], -math.inf if threshold == -1 else threshold / model.tau
     short_side = test["short_side"] if short_side is None else short_side
     with processes.autocast(device, precision or processes.fast_precision(device)):
@@ -69,8 +71,6 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
 def as_tensor(image):
     """What `segment` takes -> uint8 (3, H, W). Raises DataError."""
     if isinstance(image, (str, os.PathLike)):
-        if os.path.exists(image) and not os.path.isfile(image):  # a pipe would be waited for
-            raise DataError(f"{image} is no file: expected an image")
         return read_image(image, upright=True)
     shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
     if isinstance(image, np.ndarray) and kind == "uint8" and all(shape) and (len(shape) == 2 or shape[2:] == (3,)):
@@ -95,19 +95,9 @@ def split(classes):
     return names
 
 
-def written(run):
-    """Run folder, checkpoint or None -> checkpoint and when it was written, so that a newer one is not passed over."""
-    path = Path(run) if run else newest_run()
-    path = path / "last.pt" if path.is_dir() else path
-    return path, path.stat().st_mtime if path.is_file() else None
-
-
 @lru_cache(1)
-def loaded_run(checkpoint, _, device, clip_file):
-    model, config = load_run(checkpoint, device, clip_file)
-    if remark := unfinished(config):
-        print(remark, file=sys.stderr, flush=True)
-    return model, config
+def loaded_run(checkpoint, written_at, device, clip_file):
+    return load_run(checkpoint, device, clip_file)
 
 
 @lru_cache(1)
@@ -124,15 +114,15 @@ def find(paths):
     """Files and folders -> the files, and the image files of the folders; what else is in a folder is told."""
     files = []
     for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        if path.is_dir():
-            inside = [file for file in inside if file.name[0] != "." and not pictures.ours(file)]
-            images = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
-            if others := sorted({file.name for file in inside} - {file.name for file in images}):
-                print(f"left out of {path}: {', '.join(others[:3])}{' …' * (len(others) > 3)}; {EXPECTED}",
-                      file=sys.stderr, flush=True)
-            inside = images
-        files += inside
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.name[0] != "." and not pictures.ours(file))
+        images = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
+        files += images
+        if others := [file.name for file in inside if file not in images]:
+            print(f"left out of {path}: {', '.join(others[:3])}{' …' * (len(others) > 3)}; {EXPECTED}",
+                  file=sys.stderr, flush=True)
     if paths and not files:
         raise DataError(f"no image in {', '.join(map(str, paths[:3]))}: {EXPECTED}")
     return list(dict.fromkeys(files))  # each once
@@ -146,20 +136,20 @@ def free_stem(out, stem, taken):
 
 
 def write(image, labels, names, out, stem, about):
-    """The three files of one image -> {class: share of the pixels}, "none" for those without a class."""
-    pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
-    share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
-    none = pixels[IGNORE] / labels.numel()
-    about = {"software": pictures.MARK, **about, "width": labels.shape[1], "height": labels.shape[0], "classes": share,
-             "none": none}
+    """The three files of one image -> the largest shares as text."""
+    share = (torch.bincount(labels.flatten(), minlength=256).double() / labels.numel()).tolist()
+    shares, none = dict(zip(names, share)), share[IGNORE]
     pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png", pictures.MARK)
     pictures.save_mask(labels, out / f"{stem}.mask.png", pictures.MARK)
-    write_json(out / f"{stem}.json", about)
-    return share | {"none": none}
+    write_json(out / f"{stem}.json", {"software": pictures.MARK, **about, "width": labels.shape[1],
+                                      "height": labels.shape[0], "classes": shares, "none": none})
+    shares["none"] = none
+    most = sorted((name for name in shares if shares[name]), key=shares.get, reverse=True)
+    return ", ".join(f"{name} {pictures.percent(shares[name])}" for name in most[:5]) + ", …" * (len(most) > 5)
 
 
 def main(args):
-    checkpoint, _ = written(args.run)
+    checkpoint = find_checkpoint(args.run)
     out = args.out_dir or checkpoint.parent / "predictions"
     files = find(args.images)
     if not files:
@@ -181,38 +171,34 @@ def main(args):
                       file=sys.stderr, flush=True)
             stem = free_stem(out, file.stem, taken)
             taken.add(stem.casefold())
-            share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
+            text = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
         except (DataError, OSError) as error:  # a wrong run or wrong classes are no DataError
             reason = error if isinstance(error, DataError) else f"{file}: {error.strerror}"
             print(f"skipped: {reason}", file=sys.stderr, flush=True)
             skipped += 1
-            continue
-        most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
-        most = [f"{name} {pictures.percent(share[name])}" for name in most[:5]] + ["…"] * (len(most) > 5)
-        print(f"{file}: {', '.join(most)}\n"
-              f"    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
+        else:
+            print(f"{file}: {text}\n    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
         raise DataError(f"{skipped} of {len(files)} images skipped")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE|FOLDER", help="by default an image of the "
-                        "run's data set; for toy, emoji that are no class and the words for them")
-    group = parser.add_argument_group("classes").add_argument
-    group("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (default: the run's own)")
-    group("--other", action="store_true", help=f'add "{OTHER}" as one more class; its pixels get no class')
-    group("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels with a lower cosine than this get no "
-          "class, -1 to 1; try 0.3 (default: -1, every pixel gets a class)")
-    group("--gamma", type=float, default=0.0, help="subtracted from the logits of classes that the run trained on, if "
-          "they win too often (default: 0)")
-    group = parser.add_argument_group("run").add_argument
-    group("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
-    group("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
-    group("--short-side", type=int, metavar="PIXELS", help="images are resized to it (default: as in the run's test)")
-    group("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
-    group("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
-    group("--precision", choices=("bf16", "fp16", "fp32"), help="(default: bf16 where it is faster)")
+    add = parser.add_argument
+    add("images", nargs="*", type=Path, metavar="IMAGE|FOLDER", help="by default an image of the run's data set; for "
+        "toy, emoji that are no class and the words for them")
+    add("--classes", metavar='"A, B|C"', help="names separated by commas, synonyms by | (default: the run's own)")
+    add("--other", action="store_true", help=f'add "{OTHER}" as one more class; its pixels get no class')
+    add("--threshold", type=float, default=-1.0, metavar="COSINE", help="pixels with a lower cosine than this get no "
+        "class, -1 to 1; try 0.3 (default: -1, every pixel gets a class)")
+    add("--gamma", type=float, default=0.0, help="subtracted from the logits of classes that the run trained on, if "
+        "they win too often (default: 0)")
+    add("--run", type=Path, metavar="FOLDER|FILE", help="run folder or checkpoint (default: the newest under runs/)")
+    add("--clip", metavar="FILE", help="path of the run's CLIP now (default: as in training)")
+    add("--short-side", type=int, metavar="PIXELS", help="images are resized to it (default: as in the run's test)")
+    add("--out-dir", type=Path, metavar="FOLDER", help="of what is written (default: predictions/ in the run folder)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="(default: bf16 where it is faster)")
     return parser.parse_args(argv)
 
 

@@ -106,7 +106,7 @@ def main(args):
     out, saved, more = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
     first, bank = 0, torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images
     if saved:
-        first, bank = checkpoint.restore(saved, model, optimizer, scaler, bank)
+        first, bank = checkpoint.restore(saved, model, optimizer, scaler)
     else:
         start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     log = Log(out, args.steps)

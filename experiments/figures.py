@@ -17,7 +17,7 @@ import model as models
 from evaluate import load_run, open_run_dataset
 from sources.files import read_pair
 from support import pictures
-from support.checkpoint import newest_run
+from support.checkpoint import find_checkpoint
 from support.command import run_command
 from toy import world
 
@@ -89,7 +89,7 @@ def scene(seed, *nouns):
 
 
 def main(args):
-    run = args.run or newest_run().parent
+    run = args.run or find_checkpoint().parent
     model, config = load_run(run / "last.pt", torch.device("cpu"))
     source, teacher = open_run_dataset(config), clip.load(config["clip"])
     size = model(torch.zeros(1, 3, config["crop"], config["crop"])).shape[2:]

@@ -13,13 +13,11 @@ from pathlib import Path
 import torch
 
 from support import UserError, first_line
-from support.archive import check_tensors, read_archive
+from support.archive import ArchiveError, read_archive
 from support.lock import take_lock
 from support.processes import from_first, rank, world_size
 
 FORMAT = 3  # of the file; raise it when older ones can no longer be read
-KINDS = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "bank": torch.Tensor, "config": dict,
-         "processes": int}  # what it holds
 RUNS = Path("runs")
 LOCKS = []  # open files; closing one would give its lock back
 
@@ -89,25 +87,20 @@ def read_checkpoint(path):
         raise CheckpointError(f"no checkpoint {path}: train one with python train.py")
     try:
         saved = read_archive(path)
-        if (found := saved.get("format")) == FORMAT:
-            for key, kind in KINDS.items():
-                if not isinstance(saved[key], kind):
-                    raise TypeError(f"its {key} is {str(saved[key])[:40]!r}")
-            check_tensors({**saved["model"], "bank": saved["bank"]}, path)
-            json.dumps(saved["config"])  # plain values, and lists and dicts of them
-            return saved
-    except Exception as error:  # a torn zip, a foreign pickle, a picture: all the same to the user
-        with open(path, "rb") as file:
-            what = "is truncated or damaged, or no checkpoint" if file.read(2) == b"PK" else "is no checkpoint"
-        reason = first_line(str(error).replace(f"{path} ", "it "))  # a long path would push the rest out
-        raise CheckpointError(f"{path} {what} of train.py ({type(error).__name__}: {reason})") from None
-    raise CheckpointError(f"{path} has format {str(found)[:20]}, this code reads {FORMAT}: it is of another version, "
-                          "or no checkpoint of train.py. Train anew, or use that version")
+    except ArchiveError as error:
+        raise CheckpointError(f"no checkpoint of train.py: {error}") from None
+    found = saved.get("format") if isinstance(saved, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {str(found)[:20]}, this code reads {FORMAT}: it is of another "
+                              "version, or no checkpoint of train.py. Train anew, or use that version")
+    return saved
 
 
-def newest_run():
-    """-> path of the last.pt that was written last, under runs/."""
-    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+def find_checkpoint(path=None):
+    """A run's folder, a checkpoint, or None, which means the last.pt under runs/ that was written last -> the file."""
+    if path:
+        return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    found = sorted(RUNS.glob("*/last.pt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise CheckpointError(f"no run under {RUNS}/: train one with python train.py, or name --checkpoint FILE")
     return found[-1]
@@ -147,10 +140,7 @@ def _open_run(out, name, config, may_change, again):
         if (was := saved["processes"]) != world_size():
             remarks.append(f"resume  {was} processes before, {world_size()} now: the same batches, other rounding")
     write_json(out / "config.json", config)
-    log, step = out / "log.jsonl", saved["step"] if saved else 0
-    kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if earlier(line, step)] \
-        if log.exists() else []
-    atomic(log, lambda path: path.write_text("".join(kept)))
+    cut_log(out / "log.jsonl", saved["step"] if saved else 0)
     return out, saved, remarks
 
 
@@ -167,16 +157,16 @@ def newest_like(name, config, may_change):
     """The newest of runs/NAME, runs/NAME-2, … whose settings allow it to be resumed with `config`."""
     own = re.compile(re.escape(name) + r"(-\d+)?")
     found = [path for path in RUNS.glob("*/config.json") if own.fullmatch(path.parent.name)]
+    if not found:
+        raise CheckpointError(f"no run {RUNS}/{name} to resume: drop --resume to start one, or name its --out-dir")
     refused = []
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            refused.append(differences(json.loads(path.read_text(encoding="utf-8")), config, may_change)[0])
+            refused.append(differences(json.loads(path.read_text()), config, may_change)[0])
         except (ValueError, AttributeError):  # edited by hand, or torn by a full disk
             refused.append(["its config.json cannot be read"])
         if not refused[-1]:
             return path.parent
-    if not found:
-        raise CheckpointError(f"no run {RUNS}/{name} to resume: drop --resume to start one, or name its --out-dir")
     raise CheckpointError(f"none of the {len(found)} runs {RUNS}/{name}… has these settings; the newest differs in "
                           f"{', '.join(refused[0])}. Use its settings, or drop --resume to start a new run")
 
@@ -196,24 +186,23 @@ def lock(folder):
     LOCKS.append(file)
 
 
-def restore(saved, model, optimizer, scaler, bank):
-    """What `open_run` found -> the next step, the bank (M, D). bank: the empty one of a new run, (0, D)."""
-    model.load_trained_state(saved["model"])
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        fits = all(x.shape in (p.shape, ()) for p, state in optimizer.state.items() for x in state.values())
-    except Exception:  # load_state_dict trusts what it is given
-        fits = False
-    if not fits or saved["bank"].shape[1:] != bank.shape[1:]:
-        raise CheckpointError("the checkpoint's optimiser or bank is not of this model: train anew")
-    return saved["step"], saved["bank"]
+def cut_log(log, step):
+    """Leaves the lines of steps before `step`, as the others are run again."""
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+    atomic(log, lambda path: path.write_text("".join(line for line in lines if earlier(line, step))))
 
 
 def earlier(line, step):
-    """Is this a whole line of the log, of a step before `step`?"""
     try:
         return json.loads(line)["step"] < step
     except (ValueError, TypeError, KeyError):  # torn by a full disk
         return False
+
+
+def restore(saved, model, optimizer, scaler):
+    """What `open_run` found -> the next step, the bank (M, D)."""
+    model.load_trained_state(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if scaler.is_enabled() and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["bank"]

@@ -13,7 +13,6 @@ from support import UserError, first_line
 from support.processes import world_size
 
 EVERY = 10  # steps between two looks at the other processes' signals
-SIGNALS = []  # those that Signals took note of
 
 
 def run_command(main, parse):
@@ -64,22 +63,21 @@ class Signals:
     KINDS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, device):
-        def note(number, _):
-            SIGNALS.append(number)
-            if number == signal.SIGINT and world_size() == 1:
-                signal.signal(number, signal.default_int_handler)
+        self.device, self.noted = device, []
+        self.former = {number: signal.signal(number, self.note) for number in self.KINDS}
 
-        SIGNALS.clear()
-        self.device = device
-        self.former = {number: signal.signal(number, note) for number in self.KINDS}
+    def note(self, number, _):
+        self.noted.append(number)
+        if number == signal.SIGINT and world_size() == 1:
+            signal.signal(number, signal.default_int_handler)
 
     def heard(self, step):
         """Did any process get a signal? Several processes ask each other at every tenth step."""
         if world_size() == 1:
-            return bool(SIGNALS)
+            return bool(self.noted)
         if step % EVERY:
             return False
-        count = torch.tensor(len(SIGNALS), device=self.device)
+        count = torch.tensor(len(self.noted), device=self.device)
         dist.all_reduce(count)
         return bool(count)
 
@@ -89,7 +87,6 @@ class Signals:
 
     @classmethod
     def ignore(cls, _):
-        """worker_init_fn of loaders, which get the terminal's and the scheduler's signals too: they must outlive a
-        step."""
+        """worker_init_fn of loaders, which get the terminal's and the scheduler's signals too."""
         for number in cls.KINDS:
             signal.signal(number, signal.SIG_IGN)

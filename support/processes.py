@@ -24,13 +24,8 @@ def start(name=None):
 
     name: cpu, cuda or mps; by default a GPU where there is one. Raises UserError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: expected cpu, cuda or mps")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch finds no GPU that it can use: drop --device")
-    if name == "mps" and not torch.backends.mps.is_available():
-        print("--device mps: PyTorch offers no MPS on this machine, so the CPU is used", flush=True)
-        name = "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}, but PyTorch finds no GPU of that kind that it can use: drop --device")
     device = torch.device(name)
     if name == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -41,9 +36,9 @@ def start(name=None):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(f"WORLD_SIZE is set in the environment, {missing[0]} is not: start with torchrun, which "
-                            "sets both, or unset WORLD_SIZE")
+        if "RANK" not in os.environ:
+            raise UserError("WORLD_SIZE is set in the environment, RANK is not: start with torchrun, which sets both, "
+                            "or unset WORLD_SIZE")
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
@@ -63,8 +58,6 @@ def fast_precision(device):
 
 def autocast(device, precision):
     """Matrix products in `precision`; on MPS always in fp32, as PyTorch's autocast is not complete there."""
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r}: expected {', '.join(PRECISIONS)}")
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32" and device.type != "mps")
 
 
@@ -83,10 +76,10 @@ def provenance(device):
     describe = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     try:
         done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
-        commit = done.stdout.strip()
+        commit = done.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):  # no git, a slow disk
-        commit = ""
-    return {"commit": commit or None, "torch": torch.__version__, "torchvision": torchvision.__version__,
+        commit = None
+    return {"commit": commit, "torch": torch.__version__, "torchvision": torchvision.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
 
 

