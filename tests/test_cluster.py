@@ -1,5 +1,4 @@
 """What happens on shared machines, by the real commands: kills, signals, many processes, a long run."""
-import json
 import os
 import random
 import re
@@ -15,9 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run_inside
 from test_support import flags, load, log, own, same  # noqa: F401
-from trees import draw_tree
 
-import clip
 import train
 
 pytestmark = pytest.mark.slow
@@ -118,44 +115,7 @@ def test_killed_at_random_moments(script, base, whole, tmp_path):
     assert resumed >= 15 and during >= 1, (resumed, during)
 
 
-@pytest.fixture(scope="module")
-def vit_b16(tmp_path_factory):
-    """Random weights whose image tower has ViT-B/16's shape."""
-    path = tmp_path_factory.mktemp("clip") / "vit-b-16.pt"
-    state = clip.CLIP(512, 224, 12, 768, 16, 77, 49408, 64, 1).state_dict()
-    torch.save({key: x.half() for key, x in state.items()}, path)
-    return path
-
-
-@pytest.mark.parametrize("name", ["voc", "coco-stuff"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_benchmarks_recipe_at_full_size_is_killed_and_resumed(name, precision, script, vit_b16, tmp_path):
-    """ResNet-50 at crop 512 and CLIP's 14×14 patches on its 32×32 grid; ten steps of two images."""
-    args = ["--dataset", name, "--data-root", draw_tree(name, tmp_path / name, val=1), "--clip", vit_b16, "--steps", 10,
-            "--body-weights", "none", "--batch-size", 2, "--save-every", 1, "--workers", 0, "--device", "cpu",
-            "--precision", precision, "--out-dir", tmp_path / "out", "--resume"]
-    process = start(script, *args)
-    wait_for(process, 4)
-    process.kill()
-    process.communicate()
-    assert f"continues {tmp_path}/out at step " in finish(start(script, *args), seconds=3000)[0]
-    assert load(tmp_path / "out/last.pt")["step"] == 10 and parts(tmp_path / "out").isfinite().all()
-
-
 # ---------------------------------------------------------------- several processes
-
-
-def test_nothing_depends_on_the_number_of_processes(script, base, whole, tmp_path):
-    """Losses of training, and the scores of one checkpoint."""
-    finish(start(script, *base, "--out-dir", tmp_path / "three", ranks=3))
-    assert parts(tmp_path / "three").shape == (STEPS, 4)
-    assert (parts(tmp_path / "three") - parts(whole)).abs().max() < 1e-5
-    finish(start(ROOT / "evaluate.py", "--checkpoint", whole / "last.pt", "--out-dir", tmp_path, "--device", "cpu",
-                 ranks=3))
-    scores, wanted = (json.loads((out / "metrics.json").read_text())["gamma_0"] for out in (tmp_path, whole))
-    assert scores == wanted
-    _, err = finish(start(script, *base, "--batch-size", 5, "--out-dir", tmp_path / "five", ranks=2), ok=False)
-    assert re.findall("^error: .*", err, re.M) == ["error: --batch-size 5 cannot be divided among 2 processes: use 4"]
 
 
 def test_a_signal_to_all_processes_saves_soon(script, base, whole, tmp_path):
