@@ -20,9 +20,12 @@ import torch
 from conftest import ROOT, run_inside
 from PIL import Image, ImageFont
 
+import bodies
+import clip
 import losses
 import train
-from support import checkpoint, command, pictures
+from sources import files
+from support import UserError, checkpoint, command, pictures
 from support.checkpoint import CheckpointError
 from toy import world
 
@@ -102,27 +105,17 @@ def out(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "out")
 
 
-# ---------------------------------------------------------------- writing
-
-
-@pytest.mark.parametrize("how, words", [("full", "File too large"), ("folder", "Is a directory"),
-                                        ("inf", "not finite")])
+@pytest.mark.parametrize("how, words", [("full", "File too large"), ("inf", "not finite")])
 def test_a_save_that_fails_leaves_the_last_checkpoint_and_names_the_cause(how, words, out, flags, monkeypatch):
     before, (soft, hard) = (out / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     if how == "full":  # no file may become larger than half a checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    elif how == "folder":  # in the way of the temporary file
-        (out / f".partial.{os.getpid()}.last.pt").mkdir()
-        monkeypatch.setattr(checkpoint.Path, "unlink", lambda self, missing_ok=False: None)
     else:
         monkeypatch.setattr(losses, "push", lambda bank, c: bank + torch.inf)
     found = run_inside(train, *flags, "--out-dir", out, "--resume")[2]
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.fullmatch(rf"error: [^\n]*{words}[^\n]*", found) and "--resume" in found, found
     assert (out / "last.pt").read_bytes() == before
-
-
-# ---------------------------------------------------------------- reading
 
 
 def refused(out, words):
@@ -175,7 +168,30 @@ def test_the_newest_run(tmp_path, monkeypatch):
     assert checkpoint.newest_run() == tmp_path / "a/last.pt"
 
 
-# ---------------------------------------------------------------- beginning and resuming
+@pytest.mark.parametrize("read", [checkpoint.read_checkpoint, clip.load, files.read_lines, files.read_image,
+                                  files.read_values, lambda path: bodies.build_body("mobilenet-v2", path)])
+def test_what_is_no_file_of_the_kind_is_named(read, tmp_path):
+    """A pipe, for instance, would be waited for, and a device read without end."""
+    path = tmp_path / "given.pt"
+    for make in (lambda: None, path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path.name),
+                 lambda: path.symlink_to("/dev/zero"), lambda: path.write_bytes(b""),
+                 lambda: path.write_bytes(b"\0" * 5000), lambda: path.write_bytes(b"\xff\xfeh\0\n")):
+        make()
+        with pytest.raises((UserError, OSError), match="given.pt") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--steps", "--lr", "--crop", "--k-end", "--select", "--sgd-weight", "--sam-weight",
+                                  "--seed", "--workers", "--batch-size", "--save-every", "--frozen-blocks", "--body",
+                                  "--clip", "--dataset", "--data-root", "--head", "--device", "--precision"])
+def test_any_value_of_a_flag_gives_one_line_or_a_run(flag, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("", "nan", "inf", "-inf", "-1", "0", "1e-30", "1e30", "2.5", "x", "../../x", "/", "9" * 30, "\u0663"):
+        status, text, words = run_inside(train, *flags, "--steps", 1, f"{flag}={word}")
+        assert not status or words.startswith("error: ") and "\n" not in words or ": error: " in text, (word, words)
 
 
 def test_resume_is_exact_says_what_may_change_and_refuses_the_rest(out, flags, own, whole):
@@ -238,9 +254,6 @@ def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch)
     holder.kill()
     holder.wait()
     assert run("--out-dir", "x/y", "--resume") == "x/y" and before == (tmp_path / "x/y/last.pt").read_bytes()
-
-
-# ---------------------------------------------------------------- steps that are not finite, signals, errors
 
 
 @pytest.mark.parametrize("at, words", [(0, "Nothing was saved before: start anew"),
@@ -309,9 +322,6 @@ def test_what_users_can_mend_is_one_line(error, words):
     with pytest.raises(SystemExit if words else RuntimeError) as end:  # a bug keeps its traceback
         command.run_command(main, lambda: None)
     assert not words or words in end.value.code and "\n" not in end.value.code
-
-
-# ---------------------------------------------------------------- pictures
 
 
 @pytest.mark.parametrize("thin", [False, True])
