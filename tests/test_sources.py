@@ -1,6 +1,7 @@
 """Official trees and own folders: what is read, the look-up table, the data check, the advice of each error."""
 import contextlib
 import io
+import os
 import re
 import shutil
 import unicodedata
@@ -203,6 +204,7 @@ def test_programs_pipes_and_folders_among_the_data(tmp_path, monkeypatch):
     for read in (files.read_image, files.read_values):
         with pytest.raises(sources.DataError, match="a.png"):
             read(path)
+    os.mkfifo(tmp_path / "b.png")
     (tmp_path / "c.png").mkdir()
     (tmp_path / "._d.png").write_bytes(b"of macOS")
     assert list(files.list_files(tmp_path, (".png",))) == ["a"] and not started
