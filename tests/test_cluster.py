@@ -1,8 +1,6 @@
 """What happens on shared machines, by the real commands: kills, signals, many processes, a long run."""
-import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -24,33 +22,29 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 SOAK_STEPS = int(os.environ.get("SOAK_STEPS", 500))
 SCRIPT = """
-import itertools, os, sys
+import os, sys
 sys.path.insert(0, {root!r})
-from PIL import Image
 import train
 from support import command
 train.LOG_EVERY = 1
-rank, opened, really = os.environ.get("RANK", "0"), itertools.count(), Image.open
-open(os.path.join({pids!r}, rank), "w").write(str(os.getpid()))
-if os.environ.get("FAIL_RANK") == rank:
-    Image.open = lambda path, **how: really(path if next(opened) < 200 else "/", **how)
+open(os.path.join({pids!r}, os.environ.get("RANK", "0")), "w").write(str(os.getpid()))
 command.run_command(train.main, train.parse)
 """
 
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """train.py that logs each step and leaves its processes' ids; FAIL_RANK's images turn bad after a while."""
+    """train.py that logs each step and leaves its processes' ids."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "logs_all.py").write_text(SCRIPT.format(root=str(ROOT), pids=str(folder)))
     return folder / "logs_all.py"
 
 
-def start(script, *args, ranks=1, launcher=(), env=(), **more):
+def start(script, *args, ranks=1, launcher=(), **more):
     front = [sys.executable]
     if ranks > 1 or launcher:
         front += ["-m", "torch.distributed.run", *(launcher or ["--standalone"]), f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(env)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([*front, *map(str, (script, *args))], text=True, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True, **more)
 
@@ -142,22 +136,6 @@ def test_a_benchmarks_recipe_at_full_size_is_killed_and_resumed(name, precision,
     assert load(tmp_path / "out/last.pt")["step"] == 10 and parts(tmp_path / "out").isfinite().all()
 
 
-# ---------------------------------------------------------------- several processes
-
-
-def test_nothing_depends_on_the_number_of_processes(script, base, whole, tmp_path):
-    """Losses of training, and the scores of one checkpoint."""
-    finish(start(script, *base, "--out-dir", tmp_path / "three", ranks=3))
-    assert parts(tmp_path / "three").shape == (STEPS, 4)
-    assert (parts(tmp_path / "three") - parts(whole)).abs().max() < 1e-5
-    finish(start(ROOT / "evaluate.py", "--checkpoint", whole / "last.pt", "--out-dir", tmp_path, "--device", "cpu",
-                 ranks=3))
-    scores, wanted = (json.loads((out / "metrics.json").read_text())["gamma_0"] for out in (tmp_path, whole))
-    assert scores == wanted
-    _, err = finish(start(script, *base, "--batch-size", 5, "--out-dir", tmp_path / "five", ranks=2), ok=False)
-    assert re.findall("^error: .*", err, re.M) == ["error: --batch-size 5 cannot be divided among 2 processes: use 4"]
-
-
 def test_a_signal_to_all_processes_saves_soon(script, base, whole, tmp_path):
     """Launcher, processes and their loaders at once, as a scheduler does before it takes the machine away."""
     process = start(script, *base, "--save-every", 500, "--workers", 2, "--out-dir", tmp_path, ranks=2)
@@ -171,19 +149,12 @@ def test_a_signal_to_all_processes_saves_soon(script, base, whole, tmp_path):
     assert (parts(tmp_path) - parts(whole)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("how", ["killed", "bad image"])
-def test_one_process_that_ends_ends_all_within_a_minute(how, script, base, tmp_path):
-    env = {"FAIL_RANK": "1"} if how == "bad image" else {}
-    process = start(script, *base, "--steps", 5000, "--save-every", 5000, "--out-dir", tmp_path, ranks=3, env=env)
+def test_one_process_that_ends_ends_all_within_a_minute(script, base, tmp_path):
+    process = start(script, *base, "--steps", 5000, "--save-every", 5000, "--out-dir", tmp_path, ranks=3)
     wait_for(process, 1)
-    if how == "killed":
-        os.kill(int((script.parent / "1").read_text()), signal.SIGKILL)
+    os.kill(int((script.parent / "1").read_text()), signal.SIGKILL)
     _, err = finish(process, ok=False, seconds=60)
-    words = re.findall("^error: .*", err, re.M)
-    if how == "killed":
-        assert "SIGKILL" in err, err  # the launcher's own report
-    else:
-        assert any(re.search(r"train_\d+\.(jpg|png) .*Is a directory", word) for word in words), err
+    assert "SIGKILL" in err, err  # the launcher's own report
     assert not any(Path(f"/proc/{(script.parent / rank).read_text()}").exists() for rank in "012")
 
 
@@ -208,9 +179,6 @@ def test_two_launchers_without_a_shared_folder(script, base, whole, tmp_path):
     texts = [finish(node)[0] for node in launch("--resume")]
     assert "hIoU" in texts[0] and not texts[1] and not list(folders[1].iterdir())
     assert (parts(folders[0] / "out") - parts(whole)).abs().max() < 1e-5
-
-
-# ---------------------------------------------------------------- a long run
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")

@@ -47,6 +47,11 @@ def answer(body, *headers, status="200 OK"):
     return [b"\r\n".join([f"HTTP/1.1 {status}".encode(), *map(str.encode, headers), b"", body])]
 
 
+def short(archive, sent):
+    """The whole archive is announced, whatever range was asked for; the connection ends after so many bytes of it."""
+    return answer(WHOLE[archive][:sent], f"Content-Length: {len(WHOLE[archive])}")
+
+
 def chunked(body):
     return b"%x\r\n%b\r\n" % (len(body), body)
 
@@ -55,21 +60,17 @@ def chunked(body):
     (SET, 0, None, "404", 0),
     (SET, 0, WHOLE[SET][:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0),
     (SET, 0, WHOLE[SET][:-1], "149,999 bytes there .*, expected 150,000", 0),
-    (SET, 0, (WHOLE[SET], 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
-    (SET, 30_000, (WHOLE[SET], 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and sends less than before
-    (SET, 30_000, (WHOLE[SET], 40_000), "ended after 40,000", 40_000),
+    (SET, 0, short(SET, 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
+    (SET, 30_000, short(SET, 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and sends less than before
+    (SET, 30_000, short(SET, 40_000), "ended after 40,000", 40_000),
     (SET, 0, answer(HTML, "Content-Type: text/html", "Content-Length: 52"), "52 bytes there .text/html.", 0),
-    (SET, 9, answer(HTML, "Content-Type: text/html"), "sends text/html and no archive.*Sign in", 9),
-    (SET, 0, answer("Sorry, später".encode(), "Content-Length: many"), "no archive", 0),
     (SET, 0, answer(b"%x\r\n" % 150_000 + WHOLE[SET][:60_000], "Transfer-Encoding: chunked"), "IncompleteRead", 60_000),
     (SET, 0, answer(chunked(WHOLE[SET][:50_000]) + chunked(b""), "Transfer-Encoding: chunked"), "after 50,000", 50_000),
     (SET, 0, answer(b"", f"Content-Length: {'9' * 30}"), "9,999,999.* bytes there", 0),
     (SET, 9, answer(b"", "Location: http://[x/", status="302 Found"), "Invalid", 9),
     (SET, 9, [b"hello\r\n\r\n"], "hello", 9),
-    (LOOSE, 90_000, None, "404", 90_000),
-    (LOOSE, 0, answer(HTML, "Content-Length: 52"), "no archive", 0),
     (LOOSE, 0, bytes(900), "no whole zip", 0),
-    (LOOSE, 0, (WHOLE[LOOSE], 70_000), "ended after 70,000", 70_000)])
+    (LOOSE, 0, short(LOOSE, 70_000), "ended after 70,000", 70_000)])
 def test_an_address_that_fails_leaves_what_is_right(archive, there, answered, fault, kept, tmp_path, capsys):
     whole, name, partial = WHOLE[archive], archive.name, tmp_path / f".download/{archive.name}"
     partial.parent.mkdir()

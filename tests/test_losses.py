@@ -50,31 +50,23 @@ def with_gradient(values, z):
     return {name: (value, torch.autograd.grad(value, z, retain_graph=True)[0]) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("k, size, held", [((1, 1, 1), (12, 20), 1), ((4, 2, 7), (30, 23), 6000),
-                                           ((15, 15, 15), (13, 11), 2**23), ((2, 3, 4), (3, 23), 2**21)])
-def test_values_and_gradients_are_those_of_naive_loops(k, size, held, monkeypatch):
-    """For SGD the padding has the largest a, and it is left out. L_seg is the same, however many images it takes at a
-    time: one, two, all."""
+@pytest.mark.parametrize("k, size, held, at_a_time", [
+    ((1, 1, 1), (12, 20), 1, [1, 1, 1]), ((4, 2, 7), (30, 23), 6000, [2, 1]), ((15, 15, 15), (13, 11), 2**23, [3]),
+    ((2, 3, 4), (3, 23), 2**21, [3])])
+def test_values_and_gradients_are_those_of_naive_loops(k, size, held, at_a_time, monkeypatch):
+    """For SGD the padding has the largest a, and it is left out. L_seg never holds more than HELD upsampled logits, but
+    at least one image's."""
+    seen, whole = [], losses.upsampled_cross_entropy
+    monkeypatch.setattr(losses, "upsampled_cross_entropy", lambda x, labels: seen.append(len(x)) or whole(x, labels))
     monkeypatch.setattr(losses, "HELD", {"cpu": held})
     z, t, c, a, labels, _, inside, bank = world(size=size)
     a[0].view(3, 5)[:, 4] = 2
     z.requires_grad_()
     ours = with_gradient(every(z, t, c, a, labels.byte(), torch.tensor(k), inside, bank), z)
+    assert seen[:len(at_a_time)] == at_a_time
     for name, (value, grad) in with_gradient(by_hand(z, t, c, a, labels, k, inside, bank), z).items():
         assert torch.allclose(ours[name][0], value, rtol=1e-6), name
         assert torch.allclose(ours[name][1], grad, rtol=1e-5, atol=1e-8), name
-
-
-def test_upsampled_logits_are_never_held_for_all_images(monkeypatch):
-    """At most HELD of them, and at least one image's."""
-    seen, whole = [], losses.upsampled_cross_entropy
-    monkeypatch.setattr(losses, "upsampled_cross_entropy", lambda x, labels: seen.append(len(x)) or whole(x, labels))
-    for held, want in ((1, [1, 1, 1]), (2 * 4 * 240, [2, 1]), (10**6, [3])):
-        monkeypatch.setattr(losses, "HELD", {"cpu": held})
-        z, t, *_, labels, _, _, _ = world()
-        losses.seg_loss(z, t, labels, 0.5)
-        assert seen == want
-        seen.clear()
 
 
 def test_the_teachers_grid_lies_on_the_image_without_its_padding():

@@ -203,13 +203,10 @@ def test_programs_pipes_and_folders_among_the_data(tmp_path, monkeypatch):
     for read in (files.read_image, files.read_values):
         with pytest.raises(sources.DataError, match="a.png"):
             read(path)
-    os.mkfifo(tmp_path / "b.png")  # would be waited for
+    os.mkfifo(tmp_path / "b.png")
     (tmp_path / "c.png").mkdir()
     (tmp_path / "._d.png").write_bytes(b"of macOS")
     assert list(files.list_files(tmp_path, (".png",))) == ["a"] and not started
-    for read in (files.read_lines, files.read_image, files.read_values):
-        with pytest.raises(sources.DataError, match="no .*file.*b.png|b.png .there is no such file"):
-            read(tmp_path / "b.png")
 
 
 def text(name, words):
@@ -248,19 +245,15 @@ BROKEN = [
     ("own", lambda r: shutil.copy(r / "masks/a.png", r / "images/a.png"), "holds a.jpg and a.png: keep one"),
     ("own", text("unseen.txt", "Cat\n"), "'Cat', which is not a line of classes.txt: copy the whole line"),
     ("own", text("unseen.txt", "cat\ndog\n"), "has 1 seen of 3 classes, expected at least 2"),
-    ("own", text("classes.txt", "a\nb\na\n"), "'a' and 'a' share the name 'a'"),
     ("own", text("classes.txt", "a b, Cat\nsky\ndog, cat\n"), "'a b, Cat' and 'dog, cat' share the name 'cat'"),
     ("own", text("classes.txt", "potted_plant\nsky\npotted plant\n"), "'potted_plant' and 'potted plant' share"),
     ("own", text("classes.txt", "\n".join(f"class{k}" for k in range(255))), "255 lines, expected .* 254 at most"),
     ("own", text("classes.txt", "\n".join("abc") + " very long" * 80), "too long for CLIP: .*77"),
     ("own", masks(B, lambda m: Image.fromarray(m.astype(np.uint16) * 257)), "b.png has .* values up to 65535:"),
     ("own", masks(B, lambda m: np.stack([m, m * 3, m], -1)), "b.png has Pillow's mode RGB .* one channel of 8 bits"),
-    ("own", masks(B, lambda m: Image.fromarray(m > 0)), "b.png has Pillow's mode 1 .*of 8 bits"),
     ("own", lambda r: Image.open(r / B).convert("L").save(r / B, "JPEG"), "b.png .damaged or another format.: .* PNG"),
     ("own", text("images/b.jpg", "\0\0\0\x18ftypheic"), "b.jpg .damaged or another format.: .* JPEG, .*replace it"),
-    ("own", text(B, ""), "cannot read the mask .*b.png"),
     ("own", masks(B, lambda m: m[1:]), "70×80 pixels, its mask .* is 69×80, .*: turn or scale the mask"),
-    ("own", masks(B, lambda m: m * 0 + 77), "1 of 2 training masks .*b.png, hold 77, .*number of its line"),
     ("own", masks("masks/*", raised), "hold 3, but .* 0 sky … 2 cat: .*from 0, and 255 .* .values here: 1, 2, 3.$"),
     ("own", masks("masks/*", lambda m: np.where(m, 255, 0)), "hold 0 and 255 alone, .*: write 1 for the object"),
     ("own", masks("masks/*", lambda m: m * 0 + 255), "no training mask of .* has a pixel of a seen class"),
@@ -268,7 +261,6 @@ BROKEN = [
     ("voc", masks(AUG, raised), "hold 0 .background. 0 times, .*shifted by one"),
     ("voc", masks("*Aug/2007_000000.png", lambda m: m * 0 + 21), "1 of 12 training masks .* hold 21, which is no"),
     ("coco-stuff", remove("stuffthingmaps/train2017/2007_000003.png"), "'2007_000003', but .* no mask of that name"),
-    ("coco-stuff", masks("*/train2017/*.png", lambda m: np.where(m == 0, 11, m)), "training .* hold 11, which is no"),
     ("coco-stuff", masks("*/val2017/*.png", raised), "test masks .* hold 182, which is no class.*as they come"),
 ]
 

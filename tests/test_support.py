@@ -19,9 +19,12 @@ import torch
 from conftest import ROOT, run_inside
 from PIL import Image, ImageFont
 
+import bodies
+import clip
 import losses
 import train
-from support import checkpoint, command, pictures
+from sources import files
+from support import UserError, checkpoint, command, pictures
 from support.checkpoint import CheckpointError
 from toy import world
 
@@ -72,10 +75,9 @@ def whole(flags, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def stopped(flags, tmp_path_factory):
-    """The same with a signal in the middle of step 3: it saved at steps 2 and 4."""
-    out, seed_step, handler = tmp_path_factory.mktemp("stopped"), train.seed_step, signal.getsignal(signal.SIGTERM)
+def stop_in_step_3(out, *flags):
+    """A run with a signal in the middle of step 3 -> exit status, what it printed."""
+    seed_step = train.seed_step
 
     def interrupt(seed, step):
         for _ in range(2 * (step == 3)):  # launchers repeat it
@@ -84,7 +86,14 @@ def stopped(flags, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "seed_step", interrupt)
-        status, text, _ = run_inside(train, *flags, "--out-dir", out)
+        return run_inside(train, *flags, "--out-dir", out)[:2]
+
+
+@pytest.fixture(scope="module")
+def stopped(flags, tmp_path_factory):
+    """The same stopped after step 3: it saved at steps 2 and 4."""
+    out, handler = tmp_path_factory.mktemp("stopped"), signal.getsignal(signal.SIGTERM)
+    status, text = stop_in_step_3(out, *flags)
     assert status == 0 and "stopped after step 3" in text and "--resume goes on" in text
     assert signal.getsignal(signal.SIGTERM) == handler
     return out
@@ -95,27 +104,17 @@ def out(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "out")
 
 
-# ---------------------------------------------------------------- writing
-
-
-@pytest.mark.parametrize("how, words", [("full", "File too large"), ("folder", "Is a directory"),
-                                        ("inf", "not finite")])
+@pytest.mark.parametrize("how, words", [("full", "File too large"), ("inf", "not finite")])
 def test_a_save_that_fails_leaves_the_last_checkpoint_and_names_the_cause(how, words, out, flags, monkeypatch):
     before, (soft, hard) = (out / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     if how == "full":  # no file may become larger than half a checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    elif how == "folder":  # in the way of the temporary file
-        (out / f".partial.{os.getpid()}.last.pt").mkdir()
-        monkeypatch.setattr(checkpoint.Path, "unlink", lambda self, missing_ok=False: None)
     else:
         monkeypatch.setattr(losses, "push", lambda bank, c: bank + torch.inf)
     found = run_inside(train, *flags, "--out-dir", out, "--resume")[2]
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.fullmatch(rf"error: [^\n]*{words}[^\n]*", found) and "--resume" in found, found
     assert (out / "last.pt").read_bytes() == before
-
-
-# ---------------------------------------------------------------- reading
 
 
 def refused(out, words):
@@ -155,7 +154,29 @@ def test_the_newest_run(tmp_path, monkeypatch):
     assert checkpoint.find_checkpoint() == tmp_path / "a/last.pt"
 
 
-# ---------------------------------------------------------------- beginning and resuming
+@pytest.mark.parametrize("read", [checkpoint.read_checkpoint, clip.load, files.read_lines, files.read_image,
+                                  files.read_values, lambda path: bodies.build_body("mobilenet-v2", path)])
+def test_what_is_no_file_of_the_kind_is_named(read, tmp_path):
+    """A pipe, for instance, would be waited for, and a device read without end."""
+    path = tmp_path / "given.pt"
+    for make in (lambda: None, path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path.name),
+                 lambda: path.symlink_to("/dev/zero"), lambda: path.write_bytes(bytes(5000))):
+        make()
+        with pytest.raises((UserError, OSError), match="given.pt") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--steps", "--lr", "--crop", "--k-end", "--select", "--sgd-weight", "--sam-weight",
+                                  "--seed", "--workers", "--batch-size", "--save-every", "--frozen-blocks", "--body",
+                                  "--clip", "--dataset", "--data-root", "--head", "--device", "--precision"])
+def test_any_value_of_a_flag_gives_one_line_or_a_run(flag, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("", "nan", "inf", "-inf", "-1", "0", "1e-30", "1e30", "2.5", "x", "../../x", "/", "9" * 30, "\u0663"):
+        status, text, words = run_inside(train, *flags, "--steps", 1, f"{flag}={word}")
+        assert not status or words.startswith("error: ") and "\n" not in words or ": error: " in text, (word, words)
 
 
 def test_resume_is_exact_says_what_may_change_and_refuses_the_rest(out, flags, own, whole):
@@ -214,9 +235,6 @@ def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch)
     assert run("--out-dir", "x/y", "--resume") == "x/y" and before == (tmp_path / "x/y/last.pt").read_bytes()
 
 
-# ---------------------------------------------------------------- steps that are not finite, signals, errors
-
-
 @pytest.mark.parametrize("at, words", [(0, "Nothing was saved before: start anew"),
                                        (3, "--resume continues from step 2")])
 def test_a_step_that_is_not_finite_is_not_saved(at, words, flags, whole, tmp_path, monkeypatch):
@@ -234,13 +252,13 @@ def test_a_step_that_is_not_finite_is_not_saved(at, words, flags, whole, tmp_pat
 def test_fp16_scales_the_loss_skips_steps_that_overflow_and_resumes(flags, tmp_path):
     """On a CPU. The first scale, 2^16, is far too large for gradients in fp16: those steps change nothing and are no
     error. The scale is saved."""
-    fp16 = [*flags, "--precision", "fp16", "--steps", 12]
+    fp16 = [*flags, "--precision", "fp16"]
     assert run_inside(train, *fp16, "--out-dir", tmp_path / "whole")[0] == 0
-    status, text, words = run_inside(train, *fp16, "--out-dir", tmp_path / "half", "--save-every", 5, "--k-end", 0.1)
-    assert status == 0, words
+    stop_in_step_3(tmp_path / "half", *fp16)
+    assert run_inside(train, *fp16, "--out-dir", tmp_path / "half", "--resume")[0] == 0
     saved = load(tmp_path / "whole/last.pt")
-    assert saved["scaler"]["scale"] <= 2**16 and saved["bank"].isfinite().all()
-    assert all(torch.isfinite(x).all() for x in saved["model"].values())
+    assert same(saved, load(tmp_path / "half/last.pt")) and saved["scaler"]["scale"] < 2**16
+    assert saved["bank"].isfinite().all() and all(x.isfinite().all() for x in saved["model"].values())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -263,7 +281,6 @@ def test_a_second_ctrl_c_ends_one_process_at_once_but_several_ask_each_other(ran
 
 @pytest.mark.parametrize("environment, args, words", [
     ({"PYTHONIOENCODING": "cp1252"}, ["train.py", "--help"], "?_sgd"),  # cp1252 has no λ
-    ({"PYTHONIOENCODING": "ascii"}, ["evaluate.py", "--help"], "seen classes"),
     ({"WORLD_SIZE": "4"}, ["train.py"], "error: WORLD_SIZE is set in the environment, RANK is not: start with")])
 def test_environments_that_people_have(environment, args, words, tmp_path):
     done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], env=os.environ | environment, cwd=tmp_path,
@@ -273,6 +290,8 @@ def test_environments_that_people_have(environment, args, words, tmp_path):
 
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "try fewer --workers"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee …"),
+     "out of memory. Tried to allocate 2.00 GiB. Try a smaller --batch-size, --crop or --body; at test, --short-side"),
     (OSError(28, "No space left on device", "runs/x/log.jsonl"), "No space left on device: 'runs/x/log.jsonl'"),
     (RuntimeError("a bug"), None)])
 def test_what_users_can_mend_is_one_line(error, words):
@@ -282,9 +301,6 @@ def test_what_users_can_mend_is_one_line(error, words):
     with pytest.raises(SystemExit if words else RuntimeError) as end:  # a bug keeps its traceback
         command.run_command(main, lambda: None)
     assert not words or words in end.value.code and "\n" not in end.value.code
-
-
-# ---------------------------------------------------------------- pictures
 
 
 @pytest.mark.parametrize("thin", [False, True])
@@ -311,8 +327,7 @@ def test_an_overlay_keeps_the_picture_where_no_class_is():
     assert (drawn[:, 340:, 600:] - corner).abs().max() <= 1.5
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 300), (3000, 2), (2400, 1200)])
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("size, old", [((1, 1), False), ((5, 300), True), ((3000, 2), True), ((2400, 1200), False)])
 def test_pictures_of_any_size_with_names_in_any_script(size, old, monkeypatch):
     if old:  # Pillow before 10.1
         monkeypatch.setattr(ImageFont, "load_default", lambda: ImageFont.load_default_imagefont())
@@ -324,27 +339,23 @@ def test_pictures_of_any_size_with_names_in_any_script(size, old, monkeypatch):
     assert pictures.texts(dict(enumerate(names[:3]))) == {0: "cafe", 1: "class 1", 2: "class 2"}
 
 
-def test_colours_differ():
-    gaps = np.linalg.norm(pictures.COLOURS[:20, None] - pictures.COLOURS[:20].astype(float), axis=-1)
-    assert (gaps + 999 * np.eye(20)).min() > 64 and len(np.unique(pictures.COLOURS, axis=0)) == 256
-
-
-@pytest.mark.parametrize("panels, lines", [
-    (0, []), (3, [{"step": 0, "loss": 2.0, "seg": 2.0, "sgd": 0.0, "lr": 1e-4, "k": 9.5}]),
-    (3, [{"step": step, "loss": 1.0, "seg": 1.0, "lr": 1e-3, "k": 1} for step in (0, 20)]),
-    (2, [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20}]),
-    (4, [{"step": 0, "loss": 90.0, "lr": 0.1, "k": 4}, {"step": 80000, "loss": 1e-4, "lr": 0.0, "k": 4},
-         {"step": 80000, "mIoU_seen": 50.0, "mIoU_unseen": None, "hIoU": None, "seconds": 4}]),
-    (1, [{"step": step, "k": 256 - 230 * step / 100} for step in range(101)])])
-def test_curves_of_any_log_go_where_the_values_are(panels, lines, tmp_path):
+@pytest.mark.parametrize("lines", [
+    [], [{"step": 0, "loss": 1.0, "lr": 0.1}, {"step": 20, "loss": float("nan"), "lr": float("inf")}],
+    [{"step": 0, "loss": 90.0, "lr": 0.1, "k": 4}, {"step": 80000, "loss": 1e-4, "lr": 0.0, "k": 4},
+     {"step": 80000, "mIoU_seen": 50.0, "mIoU_unseen": None, "hIoU": None, "seconds": 4}]])
+def test_curves_of_any_log(lines, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = pictures.curves(tmp_path / "log.jsonl")
-    assert drawn.size == (1120, max(300 * -(-panels // 2), 1))
-    if panels == 1:  # k falls from 256 to 26 in a straight line: its red line, read back from the pixels
-        red = abs(np.asarray(drawn).astype(int)[44:262, :530] - np.array(pictures.LINES[0])).sum(-1) < 30
-        rows, columns = np.nonzero(red)
-        slope, start = np.polyfit(columns, rows, 1)
-        assert slope == pytest.approx(224 * 230 / 300 / 476, rel=0.02)  # axis from 0 to 300 over 224 × 476 pixels
-        assert abs(rows - (slope * columns + start)).max() < 3
+        assert pictures.curves(tmp_path / "log.jsonl").width == 1120
+
+
+def test_a_curve_goes_where_the_values_are(tmp_path):
+    """k falls from 256 to 26 in a straight line: its red line, read back from the pixels."""
+    lines = [json.dumps({"step": step, "k": 256 - 230 * step / 100}) + "\n" for step in range(101)]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    drawn = np.asarray(pictures.curves(tmp_path / "log.jsonl")).astype(int)[44:262, :530]
+    rows, columns = np.nonzero(abs(drawn - np.array(pictures.LINES[0])).sum(-1) < 30)
+    slope, start = np.polyfit(columns, rows, 1)
+    assert slope == pytest.approx(224 * 230 / 300 / 476, rel=0.02)  # axis from 0 to 300 over 224 × 476 pixels
+    assert abs(rows - (slope * columns + start)).max() < 3

@@ -11,14 +11,13 @@ from PIL import Image
 
 import clip
 import losses
-from bodies import build_body
 from toy import pretrain, world
 
 HERE = Path(pretrain.__file__).parent
 
 
 def test_the_committed_clip_knows_nouns():
-    score = pretrain.zero_shot(clip.load(HERE / "clip.pt"), 12345, 600)
+    score = pretrain.zero_shot(clip.load(HERE / "clip.pt"), 12345, 300)
     assert score["nouns"] >= 80 and score["classes among nouns"] >= 88, score
 
 
@@ -38,18 +37,6 @@ def test_what_sgd_selects_shows_things():
         ratios.append(shown[:, chosen].mean(1) / shown.mean((1, 2)))
     things, unseen = torch.stack(ratios).mean(0)
     assert things >= 2.2 and unseen >= 1.5, (things, unseen)
-
-
-def test_the_committed_body_names_what_is_no_class():
-    """By its features alone: the nearest of the nouns' mean features, in scenes that are new to it (chance: 0.004)."""
-    images, names = pretrain.draw_all(2400, [4321], pretrain.BODY.scenes)
-    y = torch.tensor([([world.OTHERS.index(n) for n in held if n in world.OTHERS] or [-1])[0] for held in names])
-    body = build_body("small").eval()
-    with torch.no_grad():
-        x = torch.cat([body(chunk / 255 * 4 - 2).amax((2, 3)) for chunk in images.split(200)])
-    means = torch.stack([x[:2000][y[:2000] == k].mean(0) for k in range(len(world.OTHERS))]).nan_to_num()
-    near = torch.cdist(F.normalize(x[2000:] - x.mean(0)), F.normalize(means - x.mean(0))).argmin(1)
-    assert (near == y[2000:]).float().mean() > 0.3
 
 
 def test_files_are_small_and_those_on_record():
