@@ -120,7 +120,7 @@ def find(paths):
         inside = sorted(file for file in path.iterdir() if file.name[0] != "." and not pictures.ours(file))
         images = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
         files += images
-        if others := [file.name for file in inside if file not in images]:
+        if others := sorted({file.name for file in inside} - {file.name for file in images}):
             print(f"left out of {path}: {', '.join(others[:3])}{' …' * (len(others) > 3)}; {EXPECTED}",
                   file=sys.stderr, flush=True)
     if paths and not files:
@@ -136,16 +136,16 @@ def free_stem(out, stem, taken):
 
 
 def write(image, labels, names, out, stem, about):
-    """The three files of one image -> the largest shares as text."""
-    share = (torch.bincount(labels.flatten(), minlength=256).double() / labels.numel()).tolist()
-    shares, none = dict(zip(names, share)), share[IGNORE]
+    """The three files of one image -> {class: share of the pixels}, "none" for those without a class."""
+    pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
+    share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
+    none = pixels[IGNORE] / labels.numel()
+    about = {"software": pictures.MARK, **about, "width": labels.shape[1], "height": labels.shape[0], "classes": share,
+             "none": none}
     pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png", pictures.MARK)
     pictures.save_mask(labels, out / f"{stem}.mask.png", pictures.MARK)
-    write_json(out / f"{stem}.json", {"software": pictures.MARK, **about, "width": labels.shape[1],
-                                      "height": labels.shape[0], "classes": shares, "none": none})
-    shares["none"] = none
-    most = sorted((name for name in shares if shares[name]), key=shares.get, reverse=True)
-    return ", ".join(f"{name} {pictures.percent(shares[name])}" for name in most[:5]) + ", …" * (len(most) > 5)
+    write_json(out / f"{stem}.json", about)
+    return share | {"none": none}
 
 
 def main(args):
@@ -171,12 +171,14 @@ def main(args):
                       file=sys.stderr, flush=True)
             stem = free_stem(out, file.stem, taken)
             taken.add(stem.casefold())
-            text = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
+            share = write(image, labels, names, out, stem, {"picture": str(file), "checkpoint": str(checkpoint)})
         except (DataError, OSError) as error:  # a wrong run or wrong classes are no DataError
             reason = error if isinstance(error, DataError) else f"{file}: {error.strerror}"
             print(f"skipped: {reason}", file=sys.stderr, flush=True)
             skipped += 1
         else:
+            most = sorted((name for name in share if share[name]), key=share.get, reverse=True)
+            text = ", ".join(f"{name} {pictures.percent(share[name])}" for name in most[:5]) + ", …" * (len(most) > 5)
             print(f"{file}: {text}\n    wrote {out}/{stem}.overlay.png, {stem}.mask.png and {stem}.json", flush=True)
     if skipped:
         raise DataError(f"{skipped} of {len(files)} images skipped")

@@ -22,6 +22,7 @@ MODELS = {  # name: (sha256 of the file, file name)
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
 }
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGS = ("open_clip_config.json", "config.json")
 HERE = Path(__file__).parent.parent
 
@@ -30,9 +31,9 @@ def load(name_or_path):
     """A name in MODELS (downloaded once into clip.CACHE), a file or a folder -> CLIP, fp32, frozen, on the CPU.
 
     A file holds one CLIP, in any format of support/archive.py and any names of names.py. In a folder it has one of the
-    names in WEIGHTS; such a file is read with the config next to it. Without a config, what no shape tells (activation,
-    heads, mean and std of images) is as in OpenAI's files. `remark` says so, and which tensors of the file are no part
-    of CLIP. Raises CLIPError."""
+    names in WEIGHTS, or is the only file of weights; such a file is read with the config next to it. Without a config,
+    what no shape tells (activation, heads, mean and std of images) is as in OpenAI's files. `remark` says so, and which
+    tensors of the file are no part of CLIP. Raises CLIPError."""
     sha256, file = MODELS.get(str(name_or_path), (None, None))
     path = clip.CACHE / file if file else find(name_or_path)
     try:
@@ -56,8 +57,8 @@ def load(name_or_path):
     if beside:
         remarks += [f"{path}: {len(beside)} tensors are left out, as no part of CLIP, the first is {beside[0][:60]!r}"]
     if not known and not config:
-        remarks += [f"{path} is not OpenAI's and has no config: assuming QuickGELU and heads of {HEAD_WIDTH}. Wrong "
-                    f"for a CLIP with plain GELU (most of LAION's): put it, as {WEIGHTS[1]}, beside its config"]
+        remarks += [f"{path} is not OpenAI's and has no config: assuming QuickGELU and heads of {HEAD_WIDTH}. "
+                    "Wrong for a CLIP with plain GELU (most of LAION's): put it into a folder, with its config"]
     model.remark = "; ".join(remarks) or None
     return model.eval().requires_grad_(False)
 
@@ -68,21 +69,25 @@ def find(name):
     if not os.path.exists(path) and os.path.isfile(HERE / path):  # toy/clip.pt, wherever the command is run
         path = HERE / path
     if os.path.isdir(path):
-        files = [path / file for file in WEIGHTS if (path / file).is_file()]
-        if not files:
+        usual, alone = [path / file for file in WEIGHTS if (path / file).is_file()], weights_in(path)
+        if not usual and len(alone) != 1:
             raise CLIPError(f"{path}: a folder without {', '.join(WEIGHTS)}: give the file itself. Several files of "
                             'one CLIP: CLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="50GB")')
-        path = files[0]
+        path = (usual or alone)[0]
     if not os.path.isfile(path):
         raise CLIPError(f"no CLIP file {str(path)[:200]}: give a file, a folder or one of {', '.join(MODELS)}")
     return path
 
 
+def weights_in(folder):
+    return [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()]
+
+
 def config_beside(path):
-    """The config next to weights under one of the names in WEIGHTS, their own library's first; else None."""
-    names = CONFIGS if path.name.startswith("open_clip") else CONFIGS[::-1]
+    """The config of weights under one of the names in WEIGHTS, or alone in their folder; their own library's first."""
+    names = sorted(CONFIGS, key=lambda name: name.startswith("open_clip") != path.name.startswith("open_clip"))
     files = [path.with_name(name) for name in names if path.with_name(name).is_file()]
-    return files[0] if files and path.name in WEIGHTS else None
+    return files[0] if files and (path.name in WEIGHTS or weights_in(path.parent) == [path]) else None
 
 
 def build(state, config):
@@ -110,7 +115,7 @@ def build(state, config):
         raise CLIPError(f"not a whole CLIP, or another model: {wrong}")
     if shapes["vision_width"] > 1024 and not config:  # ViT-H, g and bigG have heads of other widths than 64
         raise CLIPError(f"an image tower of width {shapes['vision_width']}, OpenAI's widest is 1024: its number of "
-                        f"heads is not known. Put it, as {WEIGHTS[1]}, beside its {' or '.join(CONFIGS)}")
+                        f"heads is not known. Put it into a folder with its {' or '.join(CONFIGS)}")
     if not 1 <= (scale := state["logit_scale"].item()) <= 5.5:
         raise CLIPError(f"its logit_scale is {scale:.4g}, expected the logarithm of 1/τ, 1 to 5.5 (OpenAI's: 4.605). "
                         "If it is 1/τ or τ itself, save the logarithm of 1/τ in its place")

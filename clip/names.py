@@ -1,5 +1,6 @@
 """What others call the same things: open_clip's and transformers' parameter names and config files."""
 import json
+import re
 
 import torch
 
@@ -7,6 +8,7 @@ from clip.model import ACTIVATIONS, CLIPError
 from support import first_line
 
 ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.class_embedding")  # OpenAI's and open_clip's; transformers'
+CHANGES = re.compile(r"lora|adapter|(^|[._])ema([._]|$)", re.IGNORECASE)  # what stands beside weights to change them
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids", "logit_bias")
 TRANSFORMERS = {  # its names: ours
     "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
@@ -32,11 +34,16 @@ def openai_names(tensors):
     (name, anchor), state = found[0], {}
     prefix = name.removesuffix(anchor)
     beside = sorted(name for name in tensors if not name.startswith(prefix))
+    if changing := [name for name in tensors if CHANGES.search(name.removeprefix(prefix))]:
+        raise CLIPError(f"holds {len(changing)} tensors that would change CLIP's weights, as {changing[0][-60:]!r}: "
+                        "merge them in, or save the weights alone if you want them as they are")
     for name, tensor in tensors.items():
-        if name.startswith(prefix) and name.rpartition(".")[2] not in NO_WEIGHTS:
-            name = name.removeprefix(prefix).removeprefix("text.")
+        name = name.removeprefix(prefix).removeprefix("text.") if name.startswith(prefix) else ""
+        if name.rpartition(".")[2] not in ("", *NO_WEIGHTS):
             for theirs, ours in TRANSFORMERS.items() if anchor == ANCHORS[1] else ():
                 name = name.replace(theirs, ours)
+            if name in state:
+                raise CLIPError(f"holds {name[:60]!r} twice, under two names: save one of them alone")
             state[name] = tensor
     if anchor == ANCHORS[1]:
         for name in [name for name in state if ".q_proj." in name]:
@@ -48,10 +55,12 @@ def openai_names(tensors):
 
 
 TRANSFORMERS_USUAL = {"hidden_act": tuple(ACTIVATIONS), "layer_norm_eps": (1e-5,), "eos_token_id": (49407, 2, None)}
-# open_clip's settings of other towers that no tensor shows; here they must have their usual values
-OPEN_CLIP_HIDDEN = ("act_kwargs", "norm_kwargs", "pool_type", "global_average_pool", "final_ln_after_pool",
-                    "no_causal_mask", "tokenizer_mode", "tokenizer_kwargs")
-OPEN_CLIP_USUAL = (None, False, {}, "tok", "argmax")
+# open_clip's settings that are read below, or that shapes tell, or that change no feature; all others must be UNSET
+OPEN_CLIP_KNOWN = (
+    "quick_gelu", "vision_cfg", "text_cfg", "width", "layers", "heads", "head_width", "embed_dim", "mlp_ratio",
+    "context_length", "vocab_size", "image_size", "patch_size", "patch_dropout", "output_tokens", "custom_text",
+    "hf_tokenizer_name", "eos_id", "init_logit_scale", "init_logit_bias")
+UNSET = (None, False, {}, "tok", "argmax", "learnable", "linear")
 
 
 def read_config(path):
@@ -108,8 +117,9 @@ def transformers(config):
 def open_clip(config):
     """model_cfg of an open_clip_config.json. What it leaves out is as in the library."""
     text, vision, quick = config["text_cfg"], config["vision_cfg"], config.get("quick_gelu")
-    for key, value in (*text.items(), *vision.items()):
-        expect(key not in OPEN_CLIP_HIDDEN or value in OPEN_CLIP_USUAL, key, value, "it unset: it is not built here")
+    for key, value in (*config.items(), *text.items(), *vision.items()):
+        expect(key in OPEN_CLIP_KNOWN or value in UNSET, key, value, "it unset: no such part is built here")
+    expect(quick in (None, False, True), "quick_gelu", quick, "true or false")
     width = size(vision, "width", 768)
     return {"activation": "quick_gelu" if quick else "gelu",
             "transformer_width": size(text, "width", 512), "transformer_layers": size(text, "layers", 12),

@@ -14,7 +14,7 @@ import clip
 from model import prompts
 from sources import IGNORE, INVALID, NAMES, DataError, download_dataset, open_dataset
 from sources.files import read_pair, read_raw
-from support import pictures
+from support import pictures, processes
 from support.progress import Progress
 
 QUICK = 100  # images of each part that a quick look reads, evenly spread
@@ -87,7 +87,7 @@ def check_prompts(source):
 def look_at(files, part):
     """-> [(file, pixels of each raw value)] of what can be read, and a line for each kind of fault in the rest."""
     read, kinds, progress = [], {}, Progress(f"{part} images", len(files), "read")
-    with ThreadPoolExecutor() as pool:  # Pillow unpacks outside Python's lock
+    with ThreadPoolExecutor(min(processes.cores(), 8)) as pool:  # Pillow unpacks outside Python's lock
         for done, (file, counts, fault) in enumerate(pool.map(look, files), 1):
             if fault:
                 kind = re.sub(r"\d+", "", fault.replace(str(file.image), "").replace(str(file.mask), ""))

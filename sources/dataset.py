@@ -13,6 +13,7 @@ import torch
 
 from losses import IGNORE
 from sources.files import INVALID, DataError, read_values, short
+from support.processes import cores
 
 # FIELD: the benchmarks' classes, unseen indexes, mask values, prompts, numbers of images and steps
 PROTOCOL = json.loads((Path(__file__).parent / "protocol.json").read_text())
@@ -101,7 +102,7 @@ def plain(name):
 def without_unseen(source):
     """Strict inductive: the training files whose masks hold no unseen pixel. Every mask is read once."""
     hidden = [value for value, k in source.values.items() if k in source.unseen]
-    with ThreadPoolExecutor() as pool:  # Pillow unpacks outside Python's lock
+    with ThreadPoolExecutor(min(cores(), 8)) as pool:  # Pillow unpacks outside Python's lock
         held = pool.map(lambda file: np.isin(read_values(file.mask), hidden).any(), source.train)
         kept = [file for file, unseen in zip(source.train, held) if not unseen]
     if not kept:

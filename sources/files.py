@@ -52,9 +52,13 @@ def read_lines(path, classes=False):
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")  # Windows' marks
     except UnicodeDecodeError:
-        raise DataError(f"cannot read {path} as UTF-8 text: save it again with the encoding UTF-8") from None
+        text = "\0"
+    if "\0" in text:  # UTF-16 without its mark, a file that a power cut left empty
+        raise DataError(f"cannot read {path} as UTF-8 text: save it again with the encoding UTF-8")
     # composed, as CLIP reads them: macOS writes é as two characters
     lines = [unicodedata.normalize("NFC", line.strip()) for line in re.split("\r\n|\r|\n", text.rstrip())]
+    if classes:
+        lines = [re.sub("[\u00a0\u3000]", " ", line) for line in lines]  # spaces as word processors write them
     for n, line in enumerate(lines if classes else [], 1):
         counted = re.match(rf"0*({n - 1}|{n})\b", line)
         if not line or counted or len(line) > LONGEST or not line.isprintable() or NO_CLASS.match(line):

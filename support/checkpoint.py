@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from support import UserError, first_line
-from support.archive import ArchiveError, read_archive
+from support.archive import ArchiveError, check_tensors, read_archive
 from support.lock import take_lock
 from support.processes import from_first, rank, world_size
 
 FORMAT = 3  # of the file; raise it when older ones can no longer be read
+KINDS = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "bank": torch.Tensor, "config": dict,
+         "processes": int}  # what it holds
 RUNS = Path("runs")
 LOCKS = []  # open files; closing one would give its lock back
 
@@ -93,6 +95,10 @@ def read_checkpoint(path):
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {str(found)[:20]}, this code reads {FORMAT}: it is of another "
                               "version, or no checkpoint of train.py. Train anew, or use that version")
+    for key, kind in KINDS.items():
+        if not isinstance(saved.get(key), kind):
+            raise CheckpointError(f"{path} is no checkpoint of train.py: its {key} is {str(saved.get(key))[:40]!r}")
+    check_tensors({**saved["model"], "bank": saved["bank"]}, path)
     return saved
 
 
@@ -102,7 +108,7 @@ def find_checkpoint(path=None):
         return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     found = sorted(RUNS.glob("*/last.pt"), key=lambda file: file.stat().st_mtime)
     if not found:
-        raise CheckpointError(f"no run under {RUNS}/: train one with python train.py, or name --checkpoint FILE")
+        raise CheckpointError(f"no run under {RUNS}/: train one with python train.py, or name one with --run")
     return found[-1]
 
 

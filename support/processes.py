@@ -24,6 +24,8 @@ def start(name=None):
 
     name: cpu, cuda or mps; by default a GPU where there is one. Raises UserError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected cpu, cuda or mps")
     if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}, but PyTorch finds no GPU of that kind that it can use: drop --device")
     device = torch.device(name)
@@ -36,9 +38,9 @@ def start(name=None):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if "RANK" not in os.environ:
-            raise UserError("WORLD_SIZE is set in the environment, RANK is not: start with torchrun, which sets both, "
-                            "or unset WORLD_SIZE")
+        if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+            raise UserError(f"WORLD_SIZE is set in the environment, {max(missing)} is not: start with torchrun, which "
+                            "sets both, or unset WORLD_SIZE")
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
@@ -58,6 +60,8 @@ def fast_precision(device):
 
 def autocast(device, precision):
     """Matrix products in `precision`; on MPS always in fp32, as PyTorch's autocast is not complete there."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: expected {', '.join(PRECISIONS)}")
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32" and device.type != "mps")
 
 

@@ -97,12 +97,13 @@ def test_what_cannot_be_read_says_why(small, tmp_path, tiny_clip_file):
         (beside | {"best": np.float64(1)}, r"wants the class numpy\S*scalar.*weights_only=False"),
         ([1, 2], "expected one CLIP.*SigLIP.*, found 0: of 0 tensors"), ({"a": small, "b": dict(small)}, "found 2"),
         (image, "not the weights of a whole CLIP .*KeyError: 'text_projection'"),
-        (beside | {"state_dict.visual.proj": proj}, "two"),
+        (beside | {"model_ema": {"visualproj": proj}}, "would change .*'model_ema.visualproj'.*merge"),
+        (beside | {"adapters": [one, one]}, "2 tensors that would"), (beside | {"state_dict.visual.proj": proj}, "two"),
         ({long: {"a": small}}, "a name of 1000001 characters"),
         (clip.CLIP(**SMALL | dict(vision_width=1280, vision_layers=1)).state_dict(), "width 1280, OpenAI's widest")]
     contents += [(small | {key: value}, message) for key, value, message in [
         ("visual.more", one, "another model: .*'visual.more', is unexpected"), (long, proj, "'x{60}', is unexpected"),
-        ("visual.lora_A", one, "'visual.lora_A', is unexpected"),
+        ("text.ln_final.bias", one, "'ln_final.bias' twice"), ("visual.lora_A", one, "would change .*'visual.lora_A'"),
         ("ln_final.bias", torch.zeros(3), r"ln_final.bias' has shape \(3,\)"),
         ("visual.proj", proj * torch.nan, "not finite"), ("visual.proj", proj * 1e30, "not finite or beyond 1e"),
         ("visual.proj", proj + 0j, "plain tensors"), ("visual.proj", proj.to(torch.int8), "int8, expected floats"),
@@ -188,7 +189,8 @@ def test_the_config_decides_what_no_shape_tells(small, folder, monkeypatch):
             assert torch.equal(twin(images), model.visual(images))
             assert seen.setdefault(want, clip.fingerprint(model)) == clip.fingerprint(model)
     assert len(set(seen.values())) == len(seen) == 3
-    alone = file.rename(folder / "other.safetensors")
+    alone = file.rename(folder / "other.safetensors")  # the only file of weights: the config is its
+    assert heads(clip.load(folder)) == heads(clip.load(alone)) == want
     # of two libraries' files in one folder, each is read with its own config; a file of another name stands alone
     (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     config.write_text("\ufeff" + json.dumps(TRANSFORMERS), encoding="utf-8")
@@ -229,6 +231,7 @@ def test_unusual_and_damaged_configs_are_refused(folder):
             (TRANSFORMERS, "text_config.eos_token_id", 1, "eos_token_id is 1"),
             (TRANSFORMERS, "vision_config.num_hidden_layers", 12, "another model's: vision_layers is 12 there, 2 in"),
             (OPEN_CLIP, "model_cfg.text_cfg.width", 512, "transformer_width is 512 there, 8 in the file"),
+            (OPEN_CLIP, "model_cfg.quick_gelu", "x", "quick_gelu is x, expected true or false"),
             (TRANSFORMERS, "text_config.num_attention_heads", 3, "width of 8 cannot be split among 3 heads"),
             (OPEN_CLIP, "model_cfg.vision_cfg.act_kwargs", {"approximate": "tanh"}, "act_kwargs is {'approxi"),
             (OPEN_CLIP, "model_cfg.vision_cfg.layers", [3, 4, 6, 3], "layers is [3, 4, 6, 3], expected a whole number"),

@@ -1,6 +1,7 @@
 """What happens on shared machines, by the real commands: kills, signals, many processes, a long run."""
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -22,29 +23,33 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 SOAK_STEPS = int(os.environ.get("SOAK_STEPS", 500))
 SCRIPT = """
-import os, sys
+import itertools, os, sys
 sys.path.insert(0, {root!r})
+from PIL import Image
 import train
 from support import command
 train.LOG_EVERY = 1
-open(os.path.join({pids!r}, os.environ.get("RANK", "0")), "w").write(str(os.getpid()))
+rank, opened, really = os.environ.get("RANK", "0"), itertools.count(), Image.open
+open(os.path.join({pids!r}, rank), "w").write(str(os.getpid()))
+if os.environ.get("FAIL_RANK") == rank:
+    Image.open = lambda path, **how: really(path if next(opened) < 200 else "/", **how)
 command.run_command(train.main, train.parse)
 """
 
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """train.py that logs each step and leaves its processes' ids."""
+    """train.py that logs each step and leaves its processes' ids; FAIL_RANK's images turn bad after a while."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "logs_all.py").write_text(SCRIPT.format(root=str(ROOT), pids=str(folder)))
     return folder / "logs_all.py"
 
 
-def start(script, *args, ranks=1, launcher=(), **more):
+def start(script, *args, ranks=1, launcher=(), env=(), **more):
     front = [sys.executable]
     if ranks > 1 or launcher:
         front += ["-m", "torch.distributed.run", *(launcher or ["--standalone"]), f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(env)
     return subprocess.Popen([*front, *map(str, (script, *args))], text=True, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True, **more)
 
@@ -149,12 +154,19 @@ def test_a_signal_to_all_processes_saves_soon(script, base, whole, tmp_path):
     assert (parts(tmp_path) - parts(whole)).abs().max() < 1e-5
 
 
-def test_one_process_that_ends_ends_all_within_a_minute(script, base, tmp_path):
-    process = start(script, *base, "--steps", 5000, "--save-every", 5000, "--out-dir", tmp_path, ranks=3)
+@pytest.mark.parametrize("how", ["killed", "bad image"])
+def test_one_process_that_ends_ends_all_within_a_minute(how, script, base, tmp_path):
+    env = {"FAIL_RANK": "1"} if how == "bad image" else {}
+    process = start(script, *base, "--steps", 5000, "--save-every", 5000, "--out-dir", tmp_path, ranks=3, env=env)
     wait_for(process, 1)
-    os.kill(int((script.parent / "1").read_text()), signal.SIGKILL)
+    if how == "killed":
+        os.kill(int((script.parent / "1").read_text()), signal.SIGKILL)
     _, err = finish(process, ok=False, seconds=60)
-    assert "SIGKILL" in err, err  # the launcher's own report
+    words = re.findall("^error: .*", err, re.M)
+    if how == "killed":
+        assert "SIGKILL" in err, err  # the launcher's own report
+    else:
+        assert any(re.search(r"train_\d+\.(jpg|png) .*Is a directory", word) for word in words), err
     assert not any(Path(f"/proc/{(script.parent / rank).read_text()}").exists() for rank in "012")
 
 

@@ -47,32 +47,33 @@ def answer(body, *headers, status="200 OK"):
     return [b"\r\n".join([f"HTTP/1.1 {status}".encode(), *map(str.encode, headers), b"", body])]
 
 
-def short(archive, sent):
-    """The whole archive is announced, whatever range was asked for; the connection ends after so many bytes of it."""
-    return answer(WHOLE[archive][:sent], f"Content-Length: {len(WHOLE[archive])}")
-
-
 def chunked(body):
     return b"%x\r\n%b\r\n" % (len(body), body)
 
 
-@pytest.mark.parametrize("archive, there, answered, fault, kept", [  # bytes before, the answer, bytes after
+@pytest.mark.parametrize("archive, there, answered, fault, kept", [  # .part before the call, the answer, .part after
     (SET, 0, None, "404", 0),
     (SET, 0, WHOLE[SET][:-1] + b"x", f"its md5 is .*, expected {SET.md5}", 0),
     (SET, 0, WHOLE[SET][:-1], "149,999 bytes there .*, expected 150,000", 0),
-    (SET, 0, short(SET, 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
-    (SET, 30_000, short(SET, 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and sends less than before
-    (SET, 30_000, short(SET, 40_000), "ended after 40,000", 40_000),
+    (SET, 0, (WHOLE[SET], 70_000), "ended after 70,000 of 150,000 bytes", 70_000),
+    (SET, 30_000, (WHOLE[SET], 20_000), "ended after 20,000", 30_000),  # it knows no ranges, and sends less than before
+    (SET, 30_000, (WHOLE[SET], 40_000), "ended after 40,000", 40_000),
     (SET, 0, answer(HTML, "Content-Type: text/html", "Content-Length: 52"), "52 bytes there .text/html.", 0),
+    (SET, 9, answer(HTML, "Content-Type: text/html"), "sends text/html and no archive.*Sign in", 9),
+    (SET, 0, answer("Sorry, später".encode(), "Content-Length: many"), "no archive", 0),
     (SET, 0, answer(b"%x\r\n" % 150_000 + WHOLE[SET][:60_000], "Transfer-Encoding: chunked"), "IncompleteRead", 60_000),
     (SET, 0, answer(chunked(WHOLE[SET][:50_000]) + chunked(b""), "Transfer-Encoding: chunked"), "after 50,000", 50_000),
     (SET, 0, answer(b"", f"Content-Length: {'9' * 30}"), "9,999,999.* bytes there", 0),
+    (SET, 9, answer(b"", "Content-Range: bytes 0-149999/150000", status="206 x"), "from 9 on, .* says 'bytes 0-", 9),
     (SET, 9, answer(b"", "Location: http://[x/", status="302 Found"), "Invalid", 9),
     (SET, 9, [b"hello\r\n\r\n"], "hello", 9),
+    (LOOSE, 90_000, None, "404", 90_000),
+    (LOOSE, 0, answer(HTML, "Content-Length: 52"), "no archive", 0),
     (LOOSE, 0, bytes(900), "no whole zip", 0),
-    (LOOSE, 0, short(LOOSE, 70_000), "ended after 70,000", 70_000)])
+    (LOOSE, 90_000, answer(b"", "Content-Range: bytes */70", status="416 x"), "416", 0),  # another version, shorter
+    (LOOSE, 0, (WHOLE[LOOSE], 70_000), "ended after 70,000", 70_000)])
 def test_an_address_that_fails_leaves_what_is_right(archive, there, answered, fault, kept, tmp_path, capsys):
-    whole, name, partial = WHOLE[archive], archive.name, tmp_path / f".download/{archive.name}"
+    whole, name, partial = WHOLE[archive], archive.name, tmp_path / f".download/{archive.name}.part"
     partial.parent.mkdir()
     if there:
         partial.write_bytes(whole[:there])
@@ -90,7 +91,7 @@ def test_an_address_that_fails_leaves_what_is_right(archive, there, answered, fa
 
 def test_what_the_user_put_there_is_used_or_named_and_never_deleted(tmp_path):
     (tmp_path / ".download").mkdir()
-    (tmp_path / ".download/set.tar").write_bytes(NOISE)  # killed before it was unpacked
+    (tmp_path / ".download/set.tar.part").write_bytes(NOISE)  # killed between the last byte and the new name
     assert fetch(tmp_path, SET, NOBODY).read_bytes() == NOISE
     path = tmp_path / "set.tar"
     path.write_bytes(NOISE[:-1])
@@ -126,7 +127,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, mon
     disk.free = 5.99e9
     with pytest.raises(sources.DataError, match="4.0 GB; needs 6.0 GB of disk, keeps 2.0 GB, 6.0 GB are free .*: make"):
         download.bring("voc", tmp_path, {big: {"a": tmp_path / "a"}, SET: {"b": tmp_path / "b"}}, tmp_path)
-    with open(tmp_path / "set.tar", "wb") as file:
+    with open(tmp_path / "set.tar.part", "wb") as file:
         file.truncate(4 * 10**9)  # without taking disk: what has arrived needs no more room
     disk.free = 1.1e9  # of which the images need 1
     download.reserve("voc", tmp_path, [big], tmp_path)

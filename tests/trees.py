@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 from PIL import Image
 
 PROTOCOL = json.loads((Path(__file__).parents[1] / "sources" / "protocol.json").read_text())
@@ -129,32 +128,44 @@ def voc_archives(tree, folder):
 
 
 def mat(mask, compressed=True):
-    """SBD's file of a mask: a struct GTcls with the field Segmentation."""
-    out = io.BytesIO()
-    scipy.io.savemat(out, {"GTcls": {"Segmentation": mask}}, do_compression=compressed)
-    return out.getvalue()
+    """SBD's file of a mask, written after the format's description: a struct GTcls with the field Segmentation."""
+    def element(kind, body):
+        return struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8)
+
+    def array(number, shape, name, body):
+        return element(14, element(6, struct.pack("<II", number, 0)) + element(5, struct.pack("<2i", *shape)) +
+                       element(1, name) + body)
+
+    names = element(5, struct.pack("<i", 32)) + element(1, b"Segmentation".ljust(32, b"\0"))
+    data = array(2, (1, 1), b"GTcls", names + array(9, mask.shape, b"", element(2, mask.tobytes(order="F"))))
+    if compressed:
+        packed = zlib.compress(data)
+        data = struct.pack("<II", 15, len(packed)) + packed
+    return b"".ljust(124) + b"\0\1IM" + data
 
 
 @contextlib.contextmanager
 def serve(files):
-    """{path: bytes} -> address, list of (path, Range) asked for. [bytes]: the whole answer, headers included."""
+    """{path: bytes} -> address, list of (path, Range) asked for. (bytes, n) instead of bytes: sent from the start
+    whatever the Range, and the connection ends after n of them. [bytes]: the whole answer, headers included."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append((self.path, self.headers["Range"]))
-            data = files.get(self.path)
-            if not data:
+            if not (data := files.get(self.path)):
                 return self.send_error(404)
             if isinstance(data, list):
                 return self.wfile.write(data[0])
-            first = int(self.headers["Range"][6:-1]) if self.headers["Range"] else 0
+            ranges = isinstance(data, bytes)
+            data, last = (data, None) if ranges else data
+            first = int(self.headers["Range"][6:-1]) if ranges and self.headers["Range"] else 0
             self.send_response(206 if first else 200)
             self.send_header("Content-Length", str(len(data) - first))
             if first:
                 self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             self.end_headers()
-            self.wfile.write(data[first:])
+            self.wfile.write(data[first:last])
 
         def log_message(self, *_):
             pass
