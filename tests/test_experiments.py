@@ -87,11 +87,16 @@ def test_t_table_is_scipys():
 
 
 def test_published_tables_are_those_of_the_lines():
-    every = [entry for entry in study.finished() if entry["world"] in study.REPORTED]
-    lines = [entry for entry in every if entry["commit"] == every[-1]["commit"]]
-    readme = f" -->\n{study.table(lines, study.README_ROWS)}\n<!-- end -->"
-    assert not lines or readme in study.README.read_text()
-    assert not lines or study.REPORT.read_text().endswith(study.report(lines, len(every) - len(lines)))
+    """README's and the report's; before the worlds for the report have run, README's is of the eight after them."""
+    for worlds in (study.REPORTED, range(8, 16)):
+        every = [entry for entry in study.finished() if entry["world"] in worlds]
+        if every:
+            lines = [entry for entry in every if entry["commit"] == every[-1]["commit"]]
+            assert f" -->\n{study.table(lines, study.README_ROWS)}\n<!-- end -->" in study.README.read_text()
+            if worlds is study.REPORTED:
+                assert study.REPORT.read_text().endswith(study.report(lines, len(every) - len(lines)))
+            return
+    pytest.fail("no lines")
 
 
 def test_it_runs_what_is_missing_and_reports(places):
