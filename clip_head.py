@@ -4,7 +4,7 @@
 
 FACT (abstract of arXiv 2506.22032): a frozen subnetwork, fixed projection layers, light trainable parts.
 OURS: the last n blocks, with CLIP's own attention; the adapter's form; no CLS token among the head's tokens, no
-positions added to them.
+position embeddings added to them.
 Symbols: B images, C body channels, W CLIP's width, D joint width, N = h·w dense positions.
 """
 import copy
@@ -61,7 +61,7 @@ class Tail(nn.Module):
 
 @torch.no_grad()
 def clip_tokens(visual, images, blocks):
-    """CLIP's own patch tokens where its last `blocks` blocks begin: (B, 3, S, S) in [0, 1] -> (B, N, W)."""
+    """CLIP's own patch tokens where its last `blocks` blocks begin: (B, 3, V, V) in [0, 1] -> (B, N, W)."""
     return visual.tokens_before(images, blocks)[:, 1:]
 
 
@@ -77,20 +77,26 @@ class Head(nn.Module):
         return F.normalize(z.float(), dim=-1).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def CSH(visual, in_channels, frozen_blocks=1, values=False):
-    """The head of the method. visual: CLIP's image tower, copied from and never changed. Raises CLIPError."""
+# Each builds the head of one --head. visual: CLIP's image tower, copied from and never changed. Raises CLIPError.
+
+
+def CSH(visual, in_channels, frozen_blocks, values):
+    """The head of the method."""
     return Head(Adapter(in_channels, visual.width), Tail(visual, frozen_blocks, values))
 
 
-def LinearHead(visual, in_channels):
+def LinearHead(visual, in_channels, *_):
     """Control without CLIP's weights: the same adapter, then one trained layer W -> D. Only the widths are CLIP's (and,
     in train.py, the statistics at which the adapter starts)."""
     return Head(Adapter(in_channels, visual.width), nn.Linear(visual.width, visual.output_dim, bias=False))
 
 
-def RandomHead(visual, in_channels, frozen_blocks=1, values=False):
+def RandomHead(visual, in_channels, frozen_blocks, values):
     """Control: CSH's shape with random frozen weights, always the same ones."""
     adapter = Adapter(in_channels, visual.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_HEAD_SEED)
         return Head(adapter, Tail(VisionTransformer(**visual.config), frozen_blocks, values))
+
+
+HEADS = {"csh": CSH, "linear": LinearHead, "random": RandomHead}

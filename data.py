@@ -114,7 +114,7 @@ class Steps(Sampler):
 
 
 def train_loader(dataset, steps, workers, device):
-    """Batches of (crops (B, 3, H, W), labels (B, H, W), views (B, 3, S, S)), all uint8, in the order of `steps`."""
+    """Batches of (crops (B, 3, H, W), labels (B, H, W), views (B, 3, V, V)), all uint8, in the order of `steps`."""
     return DataLoader(dataset, batch_sampler=steps, num_workers=workers, pin_memory=device.type == "cuda",
                       worker_init_fn=Signals.ignore)
 

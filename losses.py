@@ -2,7 +2,7 @@
 
 Symbols: B images, N = h·w dense positions, D joint width, K classes, z dense features (B, D, h, w) of unit length,
 t text embeddings (K, D) of unit length, τ temperatures. Of the teacher, the full frozen CLIP: c the CLS embeddings
-(B, D), d the dense features of its n×n patches (B, n·n, D), both of unit length.
+(B, D), d the dense features of its g×g patches (B, g·g, D), both of unit length.
 Labels are integers 0..K-1. IGNORE marks void pixels, padding and pixels of unseen classes, so no label of an unseen
 class reaches a loss. (L_sgd reads no labels: it selects among all positions of the image.)
 
@@ -29,7 +29,7 @@ def fp32(x):
 
 
 def global_mean(total, count):
-    """Sum over this process / mean count over processes; the mean of it over processes is the mean over all."""
+    """Sum over this process / mean count over processes; DDP's average of it over processes is the mean over all."""
     count = count.to(total.dtype)
     if world_size() > 1:
         dist.all_reduce(count)
@@ -49,7 +49,7 @@ def gather(x):
 
 
 def pixel_text_logits(z, t, tau):
-    """logits_ik = z_i · t_k / τ:  (B, D, h, w), (K, D) -> (B, K, h, w)."""
+    """logits_iy = z_i · t_y / τ:  (B, D, h, w), (K, D) -> (B, K, h, w)."""
     return torch.einsum("bdhw,kd->bkhw", z, t) / tau
 
 
@@ -59,10 +59,10 @@ def seg_loss(z, t, labels, tau):
     Upsampled logits of many classes are large, so a few images are taken at a time and computed again in the backward
     pass (checkpoint): (B, K, H, W) is never held."""
     logits = pixel_text_logits(fp32(z), fp32(t), tau)  # (B, K, h, w)
-    each = logits.shape[1] * labels[0].numel()  # upsampled logits of one image
-    images = max(HELD.get(z.device.type, 2**21) // each, 1)
+    of_one = logits.shape[1] * labels[0].numel()  # upsampled logits of one image
+    at_once = max(HELD.get(z.device.type, 2**21) // of_one, 1)  # images
     total = sum(checkpoint(upsampled_cross_entropy, *group, use_reentrant=False, preserve_rng_state=False)
-                for group in zip(logits.split(images), labels.split(images)))
+                for group in zip(logits.split(at_once), labels.split(at_once)))
     return global_mean(total, (labels != IGNORE).sum())
 
 
@@ -76,9 +76,9 @@ def upsampled_cross_entropy(logits, labels):
 
 
 def teacher_similarity(c, d):
-    """ã_i = d_i · c, how well each of the teacher's patches knows the whole image. OURS, see docs/choices.md
+    """d · c, how similar each of the teacher's patches is to the CLS embedding. OURS, see docs/choices.md
 
-    c (B, D), d (B, n·n, D) -> (B, n, n)"""
+    c (B, D), d (B, g·g, D) -> (B, g, g)"""
     a = torch.einsum("bnd,bd->bn", fp32(d), fp32(c))
     return a.unflatten(1, (round(a.shape[1] ** 0.5), -1))
 
@@ -86,18 +86,19 @@ def teacher_similarity(c, d):
 def at_positions(a, inside):
     """The teacher's grid -> the student's: bilinear, to those positions that lie inside the image.
 
-    a (B, n, n); inside: bool (B, h, w), True in the first rows and columns of each image, False in the padding to the
+    a (B, g, g); inside: bool (B, h, w), True in the first rows and columns of each image, False in the padding to the
     right and below, of which the teacher sees nothing -> (B, N); outside the image the values mean nothing."""
     h, w = inside.shape[1:]
-    rows, columns = inside.any(2).sum(1), inside.any(1).sum(1)  # (B,)
-    y = (2 * torch.arange(h, device=a.device) + 1) / rows[:, None] - 1  # (B, h), the image goes from -1 to 1
-    x = (2 * torch.arange(w, device=a.device) + 1) / columns[:, None] - 1  # (B, w)
+    high, wide = inside.any(2).sum(1), inside.any(1).sum(1)  # (B,), the image's size in positions
+    # centre of row 0, 1, …, as grid_sample counts: the image, which is all that the teacher sees, goes from -1 to 1
+    y = (2 * torch.arange(h, device=a.device) + 1) / high[:, None] - 1  # (B, h)
+    x = (2 * torch.arange(w, device=a.device) + 1) / wide[:, None] - 1  # (B, w)
     places = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)  # (B, h, w, 2)
     return F.grid_sample(a[:, None], places.to(a.dtype), padding_mode="border", align_corners=False).flatten(1)
 
 
 def k_at(step, steps, inside, end_share):
-    """k_b(t) = ⌈share(t) · N_b⌉, N_b the positions of image b; share falls from 1 to `end_share` = r_end.
+    """k_b = ⌈share · N_b⌉, N_b the positions of image b; share falls with the step from 1 to `end_share`.
 
     inside: bool (B, h, w), the positions that lie in the image and not in the padding -> int (B,).
     FACT: k falls. OURS: linearly; a share of each image's own positions. end_share = 1 distils all of them."""
@@ -106,7 +107,7 @@ def k_at(step, steps, inside, end_share):
 
 
 def select(a, k, inside):
-    """S_t: the k_b positions of largest a inside each image. a (B, N), k (B,), inside (B, h, w) -> 1 or 0, (B, N)."""
+    """S: the k_b positions of largest a inside each image. a (B, N), k (B,), inside (B, h, w) -> 1 or 0, (B, N)."""
     inside = inside.flatten(1)
     order = a.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True)
     chosen = torch.arange(a.shape[1], device=a.device) < k[:, None]  # the first k_b of that order
@@ -114,15 +115,16 @@ def select(a, k, inside):
 
 
 def sgd_loss(z, c, a, k, inside, bank):
-    """L_sgd: the dense features where a is largest are pulled towards the CLS embedding c. FACT: selection, falling k
+    """L_sgd: the mean of the dense features where a is largest is pulled towards the CLS embedding c. FACT: selection,
+    falling k
 
-    S = the k_b positions of largest a_i,  p = normalise(mean of z_i over S),
+    S = the k_b positions of largest a_i,  p = normalise(mean of z_i over S),  mean over images b of
     L_sgd = −log exp(p_b·c_b/τ_g) / Σ_j exp(p_b·c_j/τ_g),  j over the batch of all processes and the bank.  LINE
     c (B, D), a (B, N), k (B,), inside (B, h, w), bank (M, D) -> scalar"""
     z, c, a = fp32(z).flatten(2), fp32(c), fp32(a)  # z (B, D, N)
     p = F.normalize(torch.einsum("bdn,bn->bd", z, select(a, k, inside)), dim=1)  # (B, D); the sum's direction
     keys = torch.cat([gather(c), bank])  # (processes · B + M, D)
-    target = torch.arange(len(p), device=p.device) + rank() * len(p)
+    target = torch.arange(len(p), device=p.device) + rank() * len(p)  # where its own c stands among the keys
     return F.cross_entropy(p @ keys.T / TAU_G, target)
 
 
@@ -139,7 +141,8 @@ def push(bank, c):
 def sam_loss(z, t, labels):
     """L_sam: class prototypes are aligned with text. FACT: dense features are aligned with text; LINE: by prototypes
 
-    r_bk = normalise(mean of z_i over the pixels of class k in image b),  cross-entropy of r_bk · t / τ_g with k.  OURS
+    r_by = normalise(mean of z_i over the positions of class y in image b),  cross-entropy of r_by · t / τ_g with y,
+    mean over the classes present in each image.  OURS
     Labels (B, H, W) are read at the features' grid by nearest neighbour -> scalar"""
     z, t = fp32(z), fp32(t)
     classes = torch.arange(len(t), device=z.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import clip
 from bodies import ModelError, build_body
-from clip_head import CSH, LinearHead, RandomHead
+from clip_head import HEADS
 from losses import pixel_text_logits
 from support.archive import misfit
 
@@ -77,17 +77,14 @@ def build(clip_model, *, body="small", body_weights="default", head="csh", head_
 
     body            a name of bodies.BODIES, or any nn.Module: ImageNet-normalised (B, 3, H, W) -> (B, C, h, w), with
                     out_channels = C
-    head            csh, linear (no weights of CLIP) or random (CSH's shape, random frozen weights)
+    head            a name of clip_head.HEADS
     head_attention  of the frozen blocks: clip (CLIP's own) or values (each position keeps its own value)
     `clip_model` is not changed: the head copies what it needs, then its image tower may be deleted. Before training,
     the adapter should start at CLIP's own tokens: train.start_adapter.
     Raises ModelError, CLIPError."""
     if not isinstance(body, nn.Module):
         body = build_body(body, body_weights)
-    visual, values = clip_model.visual, head_attention == "values"
-    heads = {"csh": lambda: CSH(visual, body.out_channels, frozen_blocks, values),
-             "linear": lambda: LinearHead(visual, body.out_channels),
-             "random": lambda: RandomHead(visual, body.out_channels, frozen_blocks, values)}
-    if head not in heads or head_attention not in ("clip", "values"):
-        raise ModelError(f"no head {head!r} with attention {head_attention!r}: choose {', '.join(heads)}; clip, values")
-    return ChimeraSeg(body, heads[head](), clip_model, tau=1 / clip_model.logit_scale.exp().item())
+    if head not in HEADS or head_attention not in ("clip", "values"):
+        raise ModelError(f"no head {head!r} with attention {head_attention!r}: choose {', '.join(HEADS)}; clip, values")
+    head = HEADS[head](clip_model.visual, body.out_channels, frozen_blocks, head_attention == "values")
+    return ChimeraSeg(body, head, clip_model, tau=1 / clip_model.logit_scale.exp().item())

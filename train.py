@@ -29,7 +29,7 @@ import evaluate
 import losses
 import model as models
 import sources
-from clip_head import clip_tokens
+from clip_head import HEADS, clip_tokens
 from sources.check import check
 from support import UserError, checkpoint, processes
 from support.command import Signals, run_command
@@ -37,7 +37,7 @@ from support.log import Log, check_finite, read
 from support.settings import RECIPE, Setting, check_spans, of_part, parser
 
 WEIGHT_DECAY = 0.01  # FIELD; none on norms, biases and other vectors
-UNDECAYED = ("relative_position_bias_table", "layer_scale")  # Swin's and ConvNeXt's biases and scales, no vectors there
+UNDECAYED = ("relative_position_bias_table", "layer_scale")  # Swin's biases and ConvNeXt's scales, which are no vectors
 POLY_POWER = 0.9  # FIELD
 BACKBONE_LR = 0.1  # OURS: pretrained backbones learn at a tenth of the rate of new parts
 MAX_GRADIENT_NORM = 1.0  # OURS
@@ -51,11 +51,11 @@ SETTINGS = (  # name, default, type or choices, part, help, least and largest va
     Setting("body", RECIPE, bodies.BODIES, "model", ", ".join(bodies.BODIES)),
     Setting("body_weights", "default", str, "model", "none, a file, or default: ImageNet's; for `small` toy/body.pt "
             "on the toy data set, else none"),
-    Setting("head", "csh", ("csh", "linear", "random"), "model", "csh; the controls: linear (no weights of CLIP), "
+    Setting("head", "csh", tuple(HEADS), "model", "csh; the controls: linear (no weights of CLIP), "
             "random (CSH's shape, random frozen weights)"),
     Setting("head_attention", "clip", ("clip", "values"), "model", "of the frozen blocks: clip (CLIP's own), values "
             "(none: each position keeps its own value)"),
-    Setting("frozen_blocks", 1, int, "model", "CLIP blocks in the head; the adapter starts at what they get in CLIP"),
+    Setting("frozen_blocks", 1, int, "model", "CLIP blocks in the head; the adapter starts at their input in CLIP"),
     Setting("clip", RECIPE, str, "method", f"{', '.join(clip.MODELS)}, a file or a folder", may_change=True),
     Setting("sgd_weight", 1.0, float, "method", "λ_sgd; 0: no SGD, the teacher does not run", (0, 1e6)),
     Setting("select", "teacher", ("teacher", "student"), "method", "whose dense features choose SGD's positions: "
@@ -90,7 +90,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---- the data set; its recipe fills in the settings that were not given
-    source, remarks, data_picture = open_source(args, device)
+    source, remarks, data_picture = open_data(args, device)
 
     # ---- the frozen teacher (all of CLIP), the student (body and head), the optimiser
     teacher = clip.load(args.clip).to(device)
@@ -103,14 +103,14 @@ def main(args):
 
     # ---- the run's folder; with --resume its last checkpoint, else the adapter starts at CLIP's tokens
     config, name = run_config(args, source, teacher, device), Path(args.dataset).resolve().name
-    out, saved, more = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
+    out, state, resumed = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
     first, bank = 0, torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images
-    if saved:
-        first, bank = checkpoint.restore(saved, model, optimizer, scaler)
+    if state:
+        first, bank = checkpoint.restore(state, model, optimizer, scaler)
     else:
         start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     log = Log(out, args.steps)
-    log.opening(args, source, model, [*remarks, *filter(None, [teacher.remark]), *more], device, data_picture)
+    log.opening(args, source, model, [*remarks, *filter(None, [teacher.remark]), *resumed], device, data_picture)
 
     # ---- the loop; then the test: all classes, seen and unseen
     order = data.Steps(len(source.train), args.batch_size, first, args.steps, args.seed, processes.rank(),
@@ -132,7 +132,7 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
     for step, batch in enumerate(loader, first):
         seed_step(args.seed, step)
         lr = set_lr(optimizer, args.lr * warmup_poly(step, args.steps, warmup))
-        crops, labels, views = (x.to(device, non_blocking=True) for x in batch)  # (B, 3, H, W), (B, H, W), (B, 3, S, S)
+        crops, labels, views = (x.to(device, non_blocking=True) for x in batch)  # (B, 3, H, W), (B, H, W), (B, 3, V, V)
 
         with processes.autocast(device, args.precision):
             z = student(crops.float() / 255)  # (B, D, h, w)
@@ -143,7 +143,7 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
         loss_sgd = loss_sam = torch.zeros_like(loss_seg)
         chance = math.log(args.batch_size + len(bank))  # L_sgd of features that know nothing of their image
         if args.sgd_weight:
-            c, d = teacher_features(teacher, views, args.precision)  # (B, D), (B, n·n, D)
+            c, d = teacher_features(teacher, views, args.precision)  # (B, D), (B, g·g, D)
             a = similarity(args.select, z, c, d, inside)  # (B, N)
             loss_sgd = losses.sgd_loss(z, c, a, k, inside, bank)
             bank = losses.push(bank, c)
@@ -152,7 +152,7 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
         loss = loss_seg + args.sgd_weight * loss_sgd + args.sam_weight * loss_sam
 
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # the scaler does nothing but for fp16
+        scaler.scale(loss).backward()  # the scaler works in fp16 alone
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         scaler.step(optimizer)
@@ -182,14 +182,29 @@ def train(args, device, loader, teacher, model, optimizer, scaler, bank, warmup,
 # ---------------------------------------------------------------- before the loop, in the order of their use
 
 
-def open_source(args, device):
-    """The data set, with its recipe at the run's crop; fills in the settings that are left open -> source, remarks,
-    what the data check saw as a picture. Raises UserError where settings make no sense."""
-    source, remarks = sources.open_dataset(args.dataset, args.data_root), []
+def open_data(args, device):
+    """The data set, with its recipe at the run's crop -> source, remarks, what the data check saw as a picture.
+
+    Fills in the settings that were left open. Raises UserError where settings make no sense."""
+    source = sources.open_dataset(args.dataset, args.data_root)
+    remarks = fill_in(args, source, device)
+    if args.strict:
+        kept = processes.from_first(lambda: sources.without_unseen(source))
+        remarks.append(f"strict: {len(source.train) - len(kept)} of {len(source.train)} training images are left out, "
+                       "as they hold unseen classes")
+        source.train = kept
+    found, picture = check(source) if processes.rank() == 0 else ([], None)
+    source.recipe = source.recipe.at_crop(args.crop)
+    return source, remarks + found, picture
+
+
+def fill_in(args, source, device):
+    """Fills in the settings that were left open, from the data set's recipe, the body and the machine -> remarks."""
+    recipe, remarks, ranks = source.recipe, [], processes.world_size()
     for s in SETTINGS:
         if s.default == RECIPE and getattr(args, s.name) is None:
-            setattr(args, s.name, getattr(source.recipe, s.name))
-    rate = bodies.LEARNING_RATES.get(args.body, source.recipe.lr) if source.recipe.crop == 512 else source.recipe.lr
+            setattr(args, s.name, getattr(recipe, s.name))
+    rate = bodies.LEARNING_RATES.get(args.body, recipe.lr) if recipe.crop == 512 else recipe.lr
     args.lr = rate if args.lr is None else args.lr
     args.precision = args.precision or processes.fast_precision(device)
     args.workers = processes.loader_workers() if args.workers is None else args.workers
@@ -197,7 +212,7 @@ def open_source(args, device):
         args.body_weights = "none"
         remarks.append("the body starts from random weights: toy/body.pt knows the toy data set alone")
     check_spans(SETTINGS, args)
-    if args.batch_size % (ranks := processes.world_size()):
+    if args.batch_size % ranks:
         raise UserError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: "
                         f"use {max(args.batch_size // ranks, 1) * ranks}")
     departures = [source.departures(steps=args.steps, batch_size=args.batch_size, crop=args.crop)]
@@ -205,18 +220,11 @@ def open_source(args, device):
         departures += [f"lr {args.lr} instead of {rate}"] * (args.lr != rate)
         departures += ["images with unseen classes left out"] * args.strict
     args.departures = ", ".join(filter(None, departures))
-    if args.strict:
-        kept = processes.from_first(lambda: sources.without_unseen(source))
-        remarks.append(f"strict: {len(source.train) - len(kept)} of {len(source.train)} training images are left out, "
-                       "as they hold unseen classes")
-        source.train = kept
-    if device.type == "cuda" and source.recipe.crop == args.crop == 512 and args.body in bodies.MEASURED:
+    if device.type == "cuda" and recipe.crop == args.crop == 512 and args.body in bodies.MEASURED:
         memory, speed = bodies.MEASURED[args.body]
         remarks.append(f"needs   about {memory * args.batch_size / ranks / 16:.0f} GB on each GPU; an H200 can take "
                        f"{speed} images/s, {args.workers} loader processes bring about {60 * args.workers}")
-    found, picture = check(source) if processes.rank() == 0 else ([], None)
-    source.recipe = source.recipe.at_crop(args.crop)
-    return source, remarks + found, picture
+    return remarks
 
 
 def parameter_groups(model, pretrained=True):
@@ -269,15 +277,16 @@ def warmup_poly(step, steps, warmup):
 
 @torch.no_grad()
 def teacher_features(teacher, views, precision):
-    """uint8 (B, 3, S, S) -> the full CLIP's CLS embeddings c (B, D), its patches' dense features d (B, n·n, D), both of
+    """uint8 (B, 3, V, V) -> the full CLIP's CLS embeddings c (B, D), its patches' dense features d (B, g·g, D), both of
     unit length in fp32."""
     with processes.autocast(views.device, precision):
         return [F.normalize(x.float(), dim=-1) for x in teacher.visual.cls_and_patches(views.float() / 255)]
 
 
 def similarity(by, z, c, d, inside):
-    """a_i, by which SGD selects: how similar each position is to c -> (B, N). by: whose dense features, "teacher" (d,
-    brought to the student's grid) or "student" (z)."""
+    """a_i, by which SGD selects: how similar each position is to c -> (B, N).
+
+    by: whose dense features, "teacher" (d · c, brought to the student's grid) or "student" (z · c)."""
     if by == "student":
         return torch.einsum("bdn,bd->bn", losses.fp32(z.detach()).flatten(2), c)
     return losses.at_positions(losses.teacher_similarity(c, d), inside)

@@ -134,7 +134,7 @@ def _open_run(out, name, config, may_change, again):
         raise CheckpointError(f"{out} holds a run: --resume continues it, another --out-dir starts a new one")
     for partial in out.glob(".partial.*"):  # of processes that were killed in `atomic`
         partial.unlink(missing_ok=True)
-    saved, remarks = None, []
+    saved, remarks = None, ["resume  nothing was saved there yet: the run starts at step 0"] if again else []
     if again and (out / "last.pt").exists():
         saved = read_checkpoint(out / "last.pt")
         refused, remarks = differences(saved["config"], config, may_change)

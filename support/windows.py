@@ -5,8 +5,6 @@
 
 Symbols: K classes, G label maps of one picture, H×W its pixels, h×w its pixels at the size of the test.
 """
-import itertools
-
 import torch
 import torch.nn.functional as F
 
@@ -33,13 +31,13 @@ def label(logits, pictures, short_side, window, stride, lower_by, least=-torch.i
     if lower_by.is_cuda:  # on MPS the CPU resizes: there the antialiased resize is missing before torch 2.7
         pictures = [picture.to(lower_by.device, non_blocking=True) for picture in pictures]
     resized = [resize(picture, short_side) for picture in pictures]
-    places = [cover(*picture.shape[1:], window, stride) for picture in resized]
-    crops = [picture[:, rows, columns] for picture, own in zip(resized, places) for rows, columns in own]
-    grids = iter(in_batches(logits, crops, lower_by.device))
+    places = [cover(*small.shape[1:], window, stride) for small in resized]  # the windows of each picture
+    crops = [small[:, rows, columns] for small, windows in zip(resized, places) for rows, columns in windows]
+    grids = iter(in_batches(logits, crops, lower_by.device))  # in the order of the crops
     maps = []
-    for picture, small, own in zip(pictures, resized, places):
-        mine = list(itertools.islice(grids, len(own)))
-        maps.append(torch.stack([best_class(mine, own, small.shape[1:], picture.shape[1:], off, least)
+    for picture, small, windows in zip(pictures, resized, places):
+        of_picture = [next(grids) for _ in windows]
+        maps.append(torch.stack([best_class(of_picture, windows, small.shape[1:], picture.shape[1:], off, least)
                                  for off in lower_by]))
     return maps
 
@@ -61,36 +59,41 @@ def cover(h, w, window, stride):
 
 def in_batches(logits, crops, device):
     """The logits of each crop (K, h', w'). Crops of one size are seen together, of several pictures too."""
-    most, found = WINDOWS.get(device.type, WINDOWS["cpu"]), {}
+    most, found = WINDOWS.get(device.type, WINDOWS["cpu"]), [None] * len(crops)
     for size in {crop.shape for crop in crops}:
         same = [i for i, crop in enumerate(crops) if crop.shape == size]
-        for batch in (same[first:first + most] for first in range(0, len(same), most)):
-            found |= zip(batch, logits(torch.stack([crops[i] for i in batch]).to(device)))
-    return [found[i] for i in range(len(crops))]
+        for first in range(0, len(same), most):
+            batch = same[first:first + most]
+            for i, grid in zip(batch, logits(torch.stack([crops[i] for i in batch]).to(device))):
+                found[i] = grid
+    return found
 
 
 def best_class(grids, places, size, out, off, least):
-    """Logits (K, h', w') of the windows at these places of (h, w) pixels -> labels (H, W) = `out`. off (K,)
+    """Logits (K, h', w') of the windows at these places of (h, w) = `size` pixels -> labels (H, W) = `out`. off (K,)
 
-    As many classes at a time as HELD allows: the logits (K, H, W) are never in memory in full."""
-    K, device = len(off), off.device
-    at_once = max(HELD.get(device.type, HELD["cpu"]) // max(size.numel(), out.numel()), 1)
+    As many classes at a time as HELD allows, of which the best is kept: logits (K, H, W) are never held in full."""
+    device, at_once = off.device, max(HELD.get(off.device.type, HELD["cpu"]) // max(size.numel(), out.numel()), 1)
+    best, labels = torch.full(out, -torch.inf, device=device), torch.zeros(out, dtype=torch.uint8, device=device)
     count = torch.zeros(size, device=device)  # of the windows that see a pixel
     for place in places:
         count[place] += 1
-    best, labels = torch.full(out, -torch.inf, device=device), torch.zeros(out, dtype=torch.uint8, device=device)
-    for first in range(0, K, at_once):
-        some = slice(first, min(first + at_once, K))
-        part = torch.zeros(some.stop - first, *size, device=device)
-        for grid, place in zip(grids, places):
-            lowered = grid[some] - off[some, None, None]
-            part[:, *place] += F.interpolate(lowered[None], count[place].shape, mode="bilinear")[0]
-        part /= count
+    for first in range(0, len(off), at_once):
+        some = slice(first, first + at_once)
+        mean = blend([grid[some] - off[some, None, None] for grid in grids], places, count)
         if size != out:
-            part = F.interpolate(part[None], out, mode="bilinear")[0]  # (classes at once, H, W)
-        top, k = (part[0], 0) if len(part) == 1 else part.max(0)
+            mean = F.interpolate(mean[None], out, mode="bilinear")[0]  # (classes at once, H, W)
+        top, k = mean.max(0) if len(mean) > 1 else (mean[0], 0)  # the same for one class, but faster
         labels = torch.where(top > best, first + k, labels)
         best = torch.maximum(best, top)
     if least > -torch.inf:
         labels = torch.where(best + off[labels.long()] < least, IGNORE, labels)
     return labels.byte()
+
+
+def blend(grids, places, count):
+    """Values (k, h', w') of windows -> their mean at each pixel, (k, h, w). count (h, w): windows that see a pixel."""
+    total = torch.zeros(len(grids[0]), *count.shape, device=count.device)
+    for grid, place in zip(grids, places):
+        total[:, *place] += F.interpolate(grid[None], count[place].shape, mode="bilinear")[0]
+    return total / count

@@ -196,7 +196,7 @@ def test_a_bodys_own_rate_comes_after_lr_and_is_no_departure(tmp_path, monkeypat
     for flags, rate, said in (("--body segnext-t", 6e-4, ""), ("--body resnet50", 2e-4, ""),
                               ("--body segnext-t --lr 2e-4", 2e-4, "lr 0.0002 instead of 0.0006")):
         args = train.parse(["--dataset", "voc", "--data-root", str(tree), *flags.split()])
-        train.open_source(args, CPU)
+        train.open_data(args, CPU)
         assert (args.lr, args.departures) == (rate, said)
 
 

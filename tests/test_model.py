@@ -18,7 +18,7 @@ from toy import world
 def test_csh_is_the_tail_of_clip(tiny_clip, n):
     """CLIP's own tokens in place of the adapter's give CLIP's own dense embeddings, unit length, in their places."""
     visual, tokens = tiny_clip.visual, {}
-    head = CSH(visual, visual.width, frozen_blocks=n).eval()
+    head = CSH(visual, visual.width, n, False).eval()
     part = visual.transformer.resblocks[4 - n] if n else visual.ln_post
     part.register_forward_pre_hook(lambda _, args: tokens.update(x=args[0]))
     want = normalize(visual(torch.rand(2, 3, 64, 64)), dim=-1)  # (B, 65, D); CLS stays in, as attention saw it
@@ -41,7 +41,7 @@ def test_the_adapter_starts_at_clips_own_tokens(tiny_clip):
     tokens = clip_tokens(tiny_clip.visual, images, 1)
     assert torch.allclose(tokens, seen[0][:, 1:], atol=1e-6)
     tokens = 3 * tokens + torch.arange(96.0) / 96
-    head = CSH(tiny_clip.visual, 96)
+    head = CSH(tiny_clip.visual, 96, 1, False)
     head.adapter.start_like(tokens)
     torch.nn.init.zeros_(head.adapter.project.bias)
     out = head.adapter(torch.randn(4, 96, 40, 40))
@@ -53,7 +53,7 @@ def test_the_frozen_block_is_not_drowned():
     """At this start CLIP's block changes what comes out; at tokens four times as large it hardly would."""
     toy, images = clip.load(ROOT / "toy/clip.pt"), torch.stack([
         torch.from_numpy(world.draw(np.random.RandomState(seed))[0]).permute(2, 0, 1) for seed in range(16)]) / 255
-    head = CSH(toy.visual, 128)
+    head = CSH(toy.visual, 128, 1, False)
     head.adapter.start_like(clip_tokens(toy.visual, images, 1))
     features = torch.randn(2, 128, 16, 16)
     for scale, least, most in ((1, 0, 0.9), (4, 0.94, 1)):
