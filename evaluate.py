@@ -67,8 +67,8 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     """Scores `model` on the source's test images; several processes take a part each, without repeats.
 
     -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names}; leaves the model in eval mode.
-    gamma        adds "calibrated": metrics with γ subtracted from the seen classes' logits. FIELD: others subtract 0.1
-                 from seen sigmoid scores without saying so; compare scores at γ = 0
+    gamma        adds "calibrated": metrics with γ subtracted from the seen classes' logits. FIELD: some code subtracts
+                 0.1 from seen sigmoid scores; compare scores at γ = 0
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
                  classes only: a far easier task, not comparable with the joint scores
     predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
@@ -205,9 +205,9 @@ def load_run(checkpoint, device, clip_file=None):
 
 
 def open_run_dataset(config, name=None, root=None):
-    """The run's own data set, or another one: with the run's prompts and test sizes; unseen is what had no masks there.
+    """The run's own data set, or another one: with the run's prompts and test sizes.
 
-    Raises DataError."""
+    Unseen are the classes that had no masks in the run. Raises DataError."""
     own = None if name else config["data_root"]
     if own and not root and not Path(own).is_dir():
         raise sources.DataError(f"the run's data set is no longer in {own}: give --data-root")
@@ -219,7 +219,7 @@ def open_run_dataset(config, name=None, root=None):
 
 
 def trained_on(config, classes):
-    """[bool], did the run have masks of this class? In another class list: of a class that shares a word with it?"""
+    """[bool], did the run have masks of this class? If the class lists differ, a shared word decides."""
     if list(classes) == config["classes"]:
         return [k not in config["unseen"] for k in range(len(classes))]
     words = {sources.plain(word) for k, name in enumerate(config["classes"]) if k not in config["unseen"]

@@ -43,7 +43,7 @@ def segment(image, classes=None, run=None, other=False, threshold=-1.0, gamma=0.
 
     image       path, PIL image, RGB array (H, W, 3) or (H, W) of uint8, or tensor (3, H, W) of uint8
     classes     "cat, sofa|couch" or a list; synonyms are separated by |; the run's own list by default. Every pixel
-                gets one of them, one class alone gets all: see `other` and `threshold`
+                gets one of them, with one class, all pixels get it: see `other` and `threshold`
     run         run folder or checkpoint; the newest under runs/ by default. It stays loaded for the next call
     other       adds OTHER as one more class; its pixels become 255
     threshold   pixels whose cosine with their class is lower become 255

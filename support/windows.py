@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support import UserError
 
 IGNORE = 255  # no class
-ENLARGED = 8  # times, at most, before the test: otherwise a very thin picture needs unbounded memory
+ENLARGED = 8  # times at most: limits the memory that a very thin picture needs
 WINDOWS = {"cpu": 2, "cuda": 16}  # that the function sees at a time. A GPU is faster with many, a CPU is not
 HELD = {"cpu": 2**17, "cuda": 2**26}  # logits of pixels in memory at a time: all K of a large picture may not fit
 
