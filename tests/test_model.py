@@ -40,12 +40,12 @@ def test_the_adapter_starts_at_clips_own_tokens(tiny_clip):
         clip_tokens(tiny_clip.visual, images, 9)
     tokens = clip_tokens(tiny_clip.visual, images, 1)
     assert torch.allclose(tokens, seen[0][:, 1:], atol=1e-6)
-    tokens = 3 * tokens + torch.arange(96.0) / 96
+    tokens = torch.linspace(1, 5, 96) * tokens + torch.arange(96.0) / 96  # each channel has its own
     head = CSH(tiny_clip.visual, 96, 1, False)
     head.adapter.start_like(tokens)
     torch.nn.init.zeros_(head.adapter.project.bias)
     out = head.adapter(torch.randn(4, 96, 40, 40))
-    assert torch.allclose(out.mean((0, 1)), tokens.mean((0, 1)), atol=0.2)
+    assert torch.allclose(out.mean((0, 1)), tokens.mean((0, 1)), atol=0.3)
     assert torch.allclose(out.std((0, 1)), tokens.flatten(0, 1).std(0), rtol=0.3)
 
 
