@@ -49,6 +49,12 @@ def test_the_adapter_starts_at_clips_own_tokens(tiny_clip):
     assert torch.allclose(out.std((0, 1)), tokens.flatten(0, 1).std(0), rtol=0.3)
 
 
+def test_without_attention_the_head_does_what_gives_the_teachers_patches(tiny_clip):
+    visual, images = tiny_clip.visual, torch.rand(2, 3, 64, 64)
+    found = CSH(visual, 96, 1, True).tail(clip_tokens(visual, images, 1))
+    assert torch.allclose(found, visual.cls_and_patches(images)[1], atol=1e-5)
+
+
 def test_the_frozen_block_is_not_drowned():
     """At this start CLIP's block changes what comes out; at tokens four times as large it hardly would."""
     toy, images = clip.load(ROOT / "toy/clip.pt"), torch.stack([
