@@ -56,7 +56,11 @@ class ChimeraSeg(nn.Module):
         return self.head(self.body((images - self.mean) / self.std))
 
     def logits(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ. In fp32, also under autocast."""
+        """(B, 3, H, W) in [0, 1] -> (B, K, h, w) at the dense grid: cosine / τ. In fp32, also under autocast.
+
+        Raises ModelError before `set_classes`."""
+        if not len(self.t):
+            raise ModelError("the model has no classes yet: call set_classes(names, templates) first")
         z = self(images)
         with torch.autocast(z.device.type, enabled=False):
             return pixel_text_logits(z, self.t, self.tau)

@@ -13,6 +13,7 @@ import torch
 from nbclient import NotebookClient
 
 import train
+from bodies import ModelError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,6 +87,8 @@ def test_the_body_of_your_own_builds_as_it_stands():
     exec(code.replace("pretrained=True", "pretrained=False"), names)
     with torch.no_grad():
         assert names["net"](torch.rand(1, 3, 64, 64)).shape == (1, 128, 2, 2)
+        with pytest.raises(ModelError, match="call set_classes"):
+            names["net"].logits(torch.rand(1, 3, 64, 64))
 
 
 def test_the_first_commands_run_as_they_stand(tmp_path):

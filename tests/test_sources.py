@@ -286,7 +286,7 @@ def test_the_whole_check_reads_every_file_and_names_each_kind_of_fault(tmp_path,
     data_check.main(args)
     assert re.search(r"training images: \d+ of 230 read, 0:00:\d\d left\n(.*\n)*no error", capsys.readouterr().out)
     (root / "masks/001.png").write_bytes(png(np.where(labels, labels, 5)))
-    assert f"looked at up to 100 images a part: `python data.py --dataset {root}`" in data_check.check(
+    assert f"looked at up to 100 images of each part: `python data.py --dataset {root}`" in data_check.check(
         sources.open_dataset(root))[0][-1]
     (root / "masks/002.png").write_bytes(png(labels)[:-30])
     for stem in ("004", "005", "007", "008"):
