@@ -190,6 +190,7 @@ def load_run(checkpoint, device, clip_file=None):
             raise ModelError(f"{clip_file or config['clip']} is not the CLIP that {checkpoint} was trained with: "
                              "give --clip")
         model = build(clip_model, **config["model"] | {"body_weights": "none"})
+        unfinished = saved["step"] < config["steps"]
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -198,7 +199,7 @@ def load_run(checkpoint, device, clip_file=None):
     model.load_trained_state(saved["model"])
     del clip_model.visual  # what the head needs of it, it has copied
     clip_model.to(device)  # the text tower
-    if saved["step"] < config["steps"] and processes.rank() == 0:
+    if unfinished and processes.rank() == 0:
         print(f"the run is not finished: this is its state at step {saved['step']} of {config['steps']}",
               file=sys.stderr, flush=True)
     return model.to(device).eval(), config
