@@ -102,9 +102,10 @@ def test_published_tables_are_those_of_the_lines():
 def test_it_runs_what_is_missing_and_reports(places):
     study.RESULTS.parent.mkdir()
     study.RESULTS.write_text(json.dumps(line("full", 0, 1, 1, 1, commit="older")) + "\n")
-    study.main(study.parse(["--rows", "full", "all-seen"]))
+    study.main(study.parse(["--rows", "full", "all-seen", "full --seed 1"]))
     lines = study.finished()
-    assert len(places) == len(lines) - 1 == 16 and {entry["commit"] for entry in lines[1:]} == {"c1"}
+    assert [entry["world"] for entry in lines if entry["row"] == "full --seed 1"] == [0]
+    assert len(places) == len(lines) - 1 == 17 and {entry["commit"] for entry in lines[1:]} == {"c1"}
     one = next(entry for entry in lines[1:] if (entry["row"], entry["world"]) == ("full", 0))
     words = shlex.split(one["command"])
     assert words == ["python", "train.py", "--data-root", words[3], "--device", "cpu", "--workers", "0"]
@@ -116,7 +117,7 @@ def test_it_runs_what_is_missing_and_reports(places):
     assert readme.endswith(" |\n<!-- end -->\nafter\n") and study.REPORT.with_suffix(".png").exists()
     study.RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in lines[:-1]))  # as if it had been interrupted
     out = run_inside(study, "--worlds", 0, 7, "--rows", "full", "all-seen")[1]
-    assert len(places) == 17 and "1 runs to go" in out and "| `full`: " in out and study.REPORT.read_text() == text
+    assert len(places) == 18 and "1 runs to go" in out and "| `full`: " in out and study.REPORT.read_text() == text
 
 
 def test_changes_of_the_data(places):
