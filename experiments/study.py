@@ -153,10 +153,10 @@ def gain(lines, row):
 
 def table(lines, rows):
     """These rows, as far as they have lines, in Markdown."""
-    text = ["| row | worlds | seen | unseen | hIoU | full − row, hIoU | command |", "|" + " --- |" * 7]
+    text = ["| row | worlds | seen | unseen | hIoU | full − row, hIoU | `python` … |", "|" + " --- |" * 7]
     for row in rows:
         if found := [line for line in lines if line["row"] == row]:
-            what, command = ROWS[row.split()[0]][0], found[0]["command"].split(" --data-root")[0]
+            what, command = ROWS[row.split()[0]][0], found[0]["command"][7:].split(" --data-root")[0]  # [7:]: "python "
             columns = [[line[key] for line in found] for key in SCORES]
             cells = [f"{mean(c):.1f}" + (f" ± {stdev(c):.1f}" if len(c) > 1 else "") for c in columns]
             text.append(f"| `{row}`: {what} | {len(found)} | {' | '.join(cells)} | {with_interval(gain(lines, row))} | "
@@ -179,11 +179,12 @@ def rows_of(lines):
 
 
 def report(lines, left_out):
-    """-> Markdown. left_out: the number of lines of other commits"""
+    """-> Markdown: the rows that README does not have, a plot of all. left_out: how many lines are of other commits"""
+    rows = [row for row in rows_of(lines) if row not in README_ROWS]
     devices, hours = sorted({line["device"] for line in lines}), sum(line["seconds"] for line in lines) / 3600
     return (f"Commit {lines[-1]['commit']}{f' ({left_out} lines of others are left out)' * bool(left_out)}, "
             f"{' and '.join(devices)}, {len(lines)} runs of one thread, {hours:.1f} hours in all.\n\n"
-            f"{table(lines, rows_of(lines))}\n\n![full − row in hIoU]({REPORT.stem}.png)\n")
+            f"{table(lines, rows)}\n\n![full − row in hIoU]({REPORT.stem}.png)\n")
 
 
 def plot(lines):
