@@ -156,10 +156,11 @@ def table(lines, rows):
     text = ["| row | worlds | seen | unseen | hIoU | full − row, hIoU | `python` … |", "|" + " --- |" * 7]
     for row in rows:
         if found := [line for line in lines if line["row"] == row]:
-            what, command = ROWS[row.split()[0]][0], found[0]["command"][7:].split(" --data-root")[0]  # [7:]: "python "
+            name = f"`{row}`: {ROWS[row][0]}" if row in ROWS else f"`{row}`"
+            command = found[0]["command"].removeprefix("python ").split("\n")[0].split(" --data-root")[0]
             columns = [[line[key] for line in found] for key in SCORES]
             cells = [f"{mean(c):.1f}" + (f" ± {stdev(c):.1f}" if len(c) > 1 else "") for c in columns]
-            text.append(f"| `{row}`: {what} | {len(found)} | {' | '.join(cells)} | {with_interval(gain(lines, row))} | "
+            text.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {with_interval(gain(lines, row))} | "
                         f"`{command}` |")
     return "\n".join(text)
 
@@ -195,7 +196,7 @@ def plot(lines):
     place = lambda value: 150 + 650 * (value - low) / (high - low)  # noqa: E731  pixels from the left
     canvas = Image.new("RGB", (820, 60 + 26 * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
-    pictures.write(pen, (150, 4), "full − row, hIoU (right of 0: full is better)", 14)
+    pictures.write(pen, (150, 4), "full minus row, hIoU, with its 95 % interval (right of 0: full is better)", 14)
     for number in range(low, high + 1, 10):
         pen.line((place(number), 46, place(number), canvas.height - 8), fill="lightgrey" if number else "black")
         pictures.write(pen, (place(number), 28), str(number), 12, anchor="mt")
