@@ -56,7 +56,8 @@ REPORTED = list(range(8))  # worlds
 ROOT = Path(__file__).parent.parent
 DATA, RESULTS = ROOT / "data", ROOT / "experiments/results/study.jsonl"
 REPORT, README = ROOT / "docs/results.md", ROOT / "README.md"
-NO_PRODUCT = ("tests", "docs", "assets", "experiments/results", "*.md", ".*", "CITATION.cff", "LICENSE")
+NO_PRODUCT = ("tests", "docs", "assets", "experiments/results", "experiments/study.py", "*.md", ".*",
+              "CITATION.cff", "LICENSE")
 SCORES = ("seen", "unseen", "hIoU")
 # Student's t: 95 % of the values lie between -t and t, by the number of values in the mean
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201}
@@ -157,11 +158,11 @@ def table(lines, rows):
     for row in rows:
         if found := [line for line in lines if line["row"] == row]:
             name = f"`{row}`: {ROWS[row][0]}" if row in ROWS else f"`{row}`"
-            command = found[0]["command"].removeprefix("python ").split("\n")[0].split(" --data-root")[0]
+            command, *rest = found[0]["command"].removeprefix("python ").split(" --data-root")[0].split("\n")
             columns = [[line[key] for line in found] for key in SCORES]
             cells = [f"{mean(c):.1f}" + (f" ± {stdev(c):.1f}" if len(c) > 1 else "") for c in columns]
             text.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {with_interval(gain(lines, row))} | "
-                        f"`{command}` |")
+                        f"`{command}{' …' * bool(rest)}` |")
     return "\n".join(text)
 
 
@@ -215,7 +216,7 @@ def main(args):
                             "as a line names the commit at which its run can be repeated")
         have = {(line["row"], line["world"]) for line in finished() if line["commit"] == commit}
         jobs = [(row, w, command(row, draw(w, row)), commit) for w in args.worlds for row in args.rows
-                if (row, w) not in have and not (row in SEEDS and w)]
+                if (row, w) not in have and not (args.rows is DEFAULT and row in SEEDS and w)]
         print(f"{len(jobs)} runs to go", flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
