@@ -45,7 +45,7 @@ ROWS = {  # name: (what it is, its command)
     "random": ("CLIP's part with random frozen weights", "train.py --head random"),
     "values": ("no attention in CLIP's frozen block", "train.py --head-attention values"),
     "strict": ("without the training images that show unseen classes", "train.py --strict"),
-    "all-seen": ("full supervision: no class is unseen", "train.py"),
+    "all-seen": ("full supervision: all classes seen, means of the same classes", "train.py"),
     "clip": ("CLIP alone, with its attention", "-m experiments.dense_clip --attention clip"),
     "clip-values": ("CLIP alone, by the values path", "-m experiments.dense_clip --attention values"),
 }
