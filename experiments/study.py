@@ -45,9 +45,9 @@ ROWS = {  # name: (what it is, its command)
     "random": ("CLIP's part with random frozen weights", "train.py --head random"),
     "values": ("no attention in CLIP's frozen block", "train.py --head-attention values"),
     "strict": ("without the training images that show unseen classes", "train.py --strict"),
-    "all-seen": ("full supervision: all classes seen, means of the same classes", "train.py"),
-    "clip": ("CLIP alone, with its attention", "-m experiments.dense_clip --attention clip"),
-    "clip-values": ("CLIP alone, by the values path", "-m experiments.dense_clip --attention values"),
+    "all-seen": ("full supervision, `unseen.txt` is empty; means of the same classes", "train.py"),
+    "clip": ("CLIP alone, with its own attention", "-m experiments.dense_clip --attention clip"),
+    "clip-values": ("CLIP alone, without attention in its last block", "-m experiments.dense_clip --attention values"),
 }
 SEEDS = ["full --seed 1", "full --seed 2"]  # the noise of a run, on world 0 alone
 DEFAULT = [*ROWS, *(f"{name} images={n}" for n in (100, 1000) for name in ("full", "linear", "random")), *SEEDS]
@@ -140,11 +140,11 @@ def finished():
 # ---------------------------------------------------------------- report
 
 
-def gain(lines, row):
-    """full − row in hIoU, of `full` with the same words behind its name, paired by world -> mean, half the width of its
-    95 % interval (0 of one world); None of full itself or where no world has both."""
+def gain(lines, row, score="hIoU"):
+    """full − row in this score, of `full` with the same words behind its name, paired by world -> mean, half the width
+    of its 95 % interval (0 of one world); None of full itself or where no world has both."""
     name, more = re.match(r"(\S+)(.*)", row).groups()
-    full, other = ({line["world"]: line["hIoU"] for line in lines if line["row"] == which}
+    full, other = ({line["world"]: line[score] for line in lines if line["row"] == which}
                    for which in ("full" if name == "full" else f"full{more}", row))
     if row == "full" or not (values := [full[w] - other[w] for w in full.keys() & other]):
         return None
