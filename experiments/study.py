@@ -50,7 +50,7 @@ ROWS = {  # name: (what it is, its command)
     "clip-values": ("CLIP alone, without attention in its last block", "-m experiments.dense_clip --attention values"),
 }
 SEEDS = ["full --seed 1", "full --seed 2"]  # the noise of a run, on world 0 alone
-DEFAULT = [*ROWS, *(f"{name} images={n}" for n in (100, 1000) for name in ("full", "linear", "random")), *SEEDS]
+DEFAULT = [*ROWS, *(f"{name} images={n}" for n in (100, 1000) for name in ("full", "linear", "random"))]
 README_ROWS = ["full", "seg", "seg-sam", "seg-sgd", "all-k", "student", "linear", "random", "all-seen", "clip-values"]
 REPORTED = list(range(8))  # worlds
 ROOT = Path(__file__).parent.parent
@@ -176,8 +176,8 @@ def with_interval(found):
 
 
 def rows_of(lines):
-    """Those that have lines, in the order of DEFAULT."""
-    return sorted({line["row"] for line in lines}, key=lambda row: ([*DEFAULT, row].index(row), row))
+    """Those that have lines, in the order of DEFAULT and SEEDS."""
+    return sorted({line["row"] for line in lines}, key=lambda row: ([*DEFAULT, *SEEDS, row].index(row), row))
 
 
 def report(lines, left_out):
@@ -215,8 +215,8 @@ def main(args):
             raise UserError(f"the product is at {commit or 'no commit'}: commit them, or use a clean `git worktree`, "
                             "as a line names the commit at which its run can be repeated")
         have = {(line["row"], line["world"]) for line in finished() if line["commit"] == commit}
-        jobs = [(row, w, command(row, draw(w, row)), commit) for w in args.worlds for row in args.rows
-                if (row, w) not in have and not (args.rows is DEFAULT and row in SEEDS and w)]
+        jobs = [(row, w, command(row, draw(w, row)), commit) for w in args.worlds
+                for row in args.rows or (DEFAULT if w else [*DEFAULT, *SEEDS]) if (row, w) not in have]
         print(f"{len(jobs)} runs to go", flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -236,7 +236,7 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=DEFAULT, metavar="ROW", help=f"{', '.join(ROWS)} (default: these "
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"{', '.join(ROWS)} (default: these "
                         "and, with images=100 and images=1000, full, linear, random; on world 0 full --seed 1 and 2)")
     parser.add_argument("--worlds", nargs="+", type=int, default=REPORTED, metavar="N", help="(default: 0 to 7)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: 2)")

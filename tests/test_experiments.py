@@ -118,7 +118,8 @@ def test_the_table_of_the_search_is_that_of_the_lines():
 def test_it_runs_what_is_missing_and_reports(places, monkeypatch):
     study.RESULTS.parent.mkdir()
     study.RESULTS.write_text(json.dumps(line("full", 0, 1, 1, 1, commit="older")) + "\n")
-    monkeypatch.setattr(study, "DEFAULT", ["full", "all-seen", "full --seed 1"])
+    monkeypatch.setattr(study, "DEFAULT", ["full", "all-seen"])
+    monkeypatch.setattr(study, "SEEDS", ["full --seed 1"])
     study.main(study.parse([]))
     lines = study.finished()
     assert [entry["world"] for entry in lines if entry["row"] == "full --seed 1"] == [0]
@@ -150,7 +151,7 @@ def test_changes_of_the_data(places):
         study.draw(2, "full")
 
 
-@pytest.mark.parametrize("row", study.DEFAULT)
+@pytest.mark.parametrize("row", [*study.DEFAULT, *study.SEEDS])
 def test_commands_are_understood(row, monkeypatch):
     words = study.command(row, study.DATA / "toy-3")
     module, start = (dense_clip, 2) if row.startswith("clip") else (train, 2 if words[0] == "-c" else 1)
