@@ -24,7 +24,7 @@ PAD_COLOUR = [124, 116, 104]  # ImageNet's mean, where a crop is larger than the
 PADDING = INVALID  # label of such pixels, which no mask has, until `split_padding`
 DISTORT = Compose([RandomApply([ColorJitter(**one)], p=0.5) for one in (
     {"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.1})])  # FIELD: these four, each in half
-MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class, or with none, are drawn again, ten times at most
+MAX_ONE_CLASS = 0.75  # FIELD: crops with more of one class, or with none, are drawn again, ten draws at most
 
 
 def augment(image, labels, recipe, view_size):

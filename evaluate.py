@@ -63,7 +63,7 @@ def metrics(matrix, classes, unseen):
     return {"pAcc": accuracy, "mIoU_seen": s, "mIoU_unseen": u, "hIoU": harmonic, "IoU": dict(zip(classes, iou))}
 
 
-def evaluate(model, source, device, precision, gamma=None, unseen_only=False, predictions=None):
+def evaluate(model, source, device, precision, gamma=None, unseen_only=False, predictions=None, workers=None):
     """Scores `model` on the source's test images; several processes take a part each, without repeats.
 
     -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names}; leaves the model in eval mode.
@@ -71,7 +71,8 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
                  0.1 from seen sigmoid scores; compare scores at γ = 0
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
                  classes only: a far easier task, not comparable with the joint scores
-    predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0"""
+    predictions  folder that gets NAME.png of every image: class indexes in a palette, γ = 0
+    workers      loader processes, at most 4, on a CPU none; by default this process's share of the cores"""
     if gamma is not None and not abs(gamma) <= UNSEEN_ALONE:  # NaN neither
         raise UserError(f"--gamma {gamma}: expected a number up to {UNSEEN_ALONE:g}")
     K, recipe = len(source.classes), source.recipe
@@ -84,13 +85,13 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
     lower_by = torch.tensor(gammas, device=device)[:, None] * seen  # (G, K)
     matrices = torch.zeros(len(gammas), K, K, dtype=torch.long, device=device)
     part = data.ValSet(source, processes.rank(), processes.world_size())
-    items = iter(DataLoader(part, batch_size=None, num_workers=0 if device.type == "cpu" else 4,
-                            pin_memory=device.type == "cuda"))
+    workers = 0 if device.type == "cpu" else min(processes.loader_workers() if workers is None else workers, 4)
+    items = iter(DataLoader(part, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"))
     progress, done = Progress("test", len(part), "images"), 0
     if predictions and (kept := [name for name, *_ in source.val if pictures.foreign(predictions / f"{name}.png")]):
         raise UserError(f"{predictions}/{kept[0]}.png was not written by this command: choose another folder")
     model.eval()
-    with torch.inference_mode(), processes.autocast(device, precision):  # one context: weights are cast once
+    with torch.inference_mode(), processes.autocast(device, precision):
         while some := list(islice(items, PICTURES.get(device.type, 1))):
             found = windows.label(model.logits, [image for image, *_ in some], recipe.short_side, recipe.window,
                                   recipe.stride, lower_by)
@@ -238,18 +239,21 @@ def main(args):
     source, other = open_run_dataset(config, args.dataset, args.data_root), args.dataset or args.data_root
     if args.unseen_only and not source.unseen:
         raise UserError(f"no class of {source.name} was unseen in training: drop --unseen-only")
-    if args.short_side is not None:
+    resized = args.short_side is not None and args.short_side != source.recipe.short_side
+    if resized:
         source.recipe = dataclasses.replace(source.recipe, short_side=args.short_side)
     model.set_classes(source.classes, source.templates)
     precision = args.precision or config["precision"]
-    result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions)
-    departures = filter(None, (config["departures"], args.short_side and f"test short side {args.short_side}"))
-    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(departures)}
+    result = evaluate(model, source, device, precision, args.gamma, args.unseen_only, args.save_predictions,
+                      args.workers)
+    departures = [config["departures"], f"test short side {args.short_side}" * bool(resized and source.expected)]
+    result |= {"checkpoint": str(checkpoint), "precision": precision, "departures": ", ".join(filter(None, departures))}
     if processes.rank() == 0:
         if source.classes != config["classes"]:
             print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",
                   flush=True)
-        inside = Path(other).resolve().name if other else "."  # leaves the run's own figures alone
+        # leaves the run's own figures alone
+        inside = Path(other).resolve().name if other else f"short_side_{args.short_side}" if resized else "."
         report(result, model, source, device, precision, args.out_dir or checkpoint.parent / inside)
     return result
 
@@ -268,10 +272,12 @@ def parse(argv=None):
     add("--unseen-only", action="store_true", help="also score unseen classes' pixels among unseen classes only")
     add("--device", choices=("cpu", "cuda", "mps"), help="(default: cuda if there is one, else cpu)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="(default: as in training)")
+    add("--workers", type=int, choices=range(5), help="loader processes on a GPU (default: this process's share of the "
+        "cores, at most 4)")
     add("--save-predictions", type=Path, metavar="FOLDER", help="NAME.png of each test image: class indexes in a "
         "palette, γ = 0 (default: none)")
-    add("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; for "
-        "another data set a folder in it)")
+    add("--out-dir", type=Path, metavar="FOLDER", help="of metrics.json and preview.png (default: the run folder; "
+        "with --dataset, --data-root or another --short-side a folder in it)")
     return parser.parse_args(argv)
 
 

@@ -56,13 +56,16 @@ def pixel_text_logits(z, t, tau):
 def seg_loss(z, t, labels, tau):
     """L_seg: softmax cross-entropy of the upsampled logits, mean over labelled pixels. labels (B, H, W). FIELD
 
-    Upsampled logits of many classes are large, so a few images are taken at a time and computed again in the backward
-    pass (checkpoint): (B, K, H, W) is never held."""
+    Upsampled logits of many classes are large: if a batch has too many, a few images are taken at a time and computed
+    again in the backward pass (checkpoint), so that (B, K, H, W) is never held."""
     logits = pixel_text_logits(fp32(z), fp32(t), tau)  # (B, K, h, w)
     of_one = logits.shape[1] * labels[0].numel()  # upsampled logits of one image
     at_once = max(HELD.get(z.device.type, 2**21) // of_one, 1)  # images
-    total = sum(checkpoint(upsampled_cross_entropy, *group, use_reentrant=False, preserve_rng_state=False)
-                for group in zip(logits.split(at_once), labels.split(at_once)))
+    if at_once >= len(labels):
+        total = upsampled_cross_entropy(logits, labels)
+    else:
+        total = sum(checkpoint(upsampled_cross_entropy, *group, use_reentrant=False, preserve_rng_state=False)
+                    for group in zip(logits.split(at_once), labels.split(at_once)))
     return global_mean(total, (labels != IGNORE).sum())
 
 
@@ -89,7 +92,7 @@ def at_positions(a, inside):
     a (B, g, g); inside: bool (B, h, w), True in the first rows and columns of each image, False in the padding to the
     right and below, of which the teacher sees nothing -> (B, N); outside the image the values mean nothing."""
     h, w = inside.shape[1:]
-    high, wide = inside.any(2).sum(1), inside.any(1).sum(1)  # (B,), the image's size in positions
+    high, wide = inside.any(2).sum(1), inside.any(1).sum(1)  # (B,), the image's size in whole positions
     # centre of row 0, 1, …, as grid_sample counts: the image, which is all that the teacher sees, goes from -1 to 1
     y = (2 * torch.arange(h, device=a.device) + 1) / high[:, None] - 1  # (B, h)
     x = (2 * torch.arange(w, device=a.device) + 1) / wide[:, None] - 1  # (B, w)

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from evaluate import UNSEEN_ALONE, load_run, open_run_dataset, trained_on
 from losses import IGNORE
-from sources import INVALID, DataError
+from sources import INVALID, DataError, plain
 from sources.files import read_image, rgb
 from support import UserError, pictures, processes, windows
 from support.checkpoint import find_checkpoint, read_checkpoint, write_json
@@ -88,10 +88,11 @@ def split(classes):
     parts = re.split("[,，、]", classes) if isinstance(classes, str) else classes
     words = [[" ".join(word.split()) for word in re.split("[|｜]", part) if word.strip(" ,_")] for part in parts]
     names = [",".join(some) for some in words if some]
-    firsts = [name.split(",")[0] for name in names]
-    if not 0 < len(set(firsts)) == len(names) < INVALID:
-        raise UserError(f"{len(names)} classes, {len(set(firsts))} different ones: expected 1 to {INVALID - 1}, each "
-                        'once, such as "cat, sofa|couch"')
+    once = [{plain(word) or word for word in some} for some in words]
+    total, different = sum(map(len, once)), len(set().union(*once))
+    if not 0 < len(names) < INVALID or different < total:
+        raise UserError(f"{len(names)} classes with {total} names, {different} different ones: expected 1 to "
+                        f'{INVALID - 1} classes, each name once, such as "cat, sofa|couch"')
     return names
 
 
@@ -136,7 +137,7 @@ def free_stem(out, stem, taken):
 
 
 def write(image, labels, names, out, stem, about):
-    """The three files of one image -> {class: share of the pixels}, "none" for those without a class."""
+    """The three files of one image -> {class: share of the pixels}, "(no class)" for the rest."""
     pixels = torch.bincount(labels.flatten().long(), minlength=256).tolist()
     share = {name: pixels[k] / labels.numel() for k, name in enumerate(names)}
     none = pixels[IGNORE] / labels.numel()
@@ -145,7 +146,7 @@ def write(image, labels, names, out, stem, about):
     pictures.save(pictures.overlay(image, labels, names), out / f"{stem}.overlay.png", pictures.MARK)
     pictures.save_mask(labels, out / f"{stem}.mask.png", pictures.MARK)
     write_json(out / f"{stem}.json", about)
-    return share | {"none": none}
+    return share | {"(no class)": none}
 
 
 def main(args):

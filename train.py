@@ -101,14 +101,14 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     trainset = data.TrainSet(source, source.recipe, teacher.visual.input_size, args.seed)
 
-    # ---- the run's folder; with --resume its last checkpoint, else the adapter starts at CLIP's tokens
+    start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
+
+    # ---- the run's folder; with --resume its last checkpoint
     config, name = run_config(args, source, teacher, device), Path(args.dataset).resolve().name
     out, state, resumed = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
     first, bank = 0, torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images
     if state:
         first, bank = checkpoint.restore(state, model, optimizer, scaler)
-    else:
-        start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
     log = Log(out, args.steps)
     log.opening(args, source, model, [*remarks, *filter(None, [teacher.remark]), *resumed], device, data_picture)
 
@@ -300,7 +300,7 @@ def test(args, device, source, model, config, log):
     if processes.world_size() > 1:  # on CPUs each process has its own batch norm statistics; the first one's are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    result = evaluate.evaluate(model, source, device, args.precision)
+    result = evaluate.evaluate(model, source, device, args.precision, workers=args.workers)
     result |= {"checkpoint": str(log.out / "last.pt"), "precision": args.precision, "departures": config["departures"]}
     if processes.rank() == 0:
         evaluate.report(result, model, source, device, args.precision, log.out)

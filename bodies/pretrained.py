@@ -41,7 +41,7 @@ class TorchvisionBody(nn.Module):
         return [s.permute(0, 3, 1, 2) for s in stages] if self.channels_last else list(stages)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, 256, h, w), about H/16 × W/16 (ConvNeXt rounds down, the others up)"""
+        """(B, 3, H, W) -> (B, 256, h, w), about H/16 × W/16 (rounded down or up, as the network does)"""
         stages = [lateral(s) for lateral, s in zip(self.lateral, self.stages(x))]
         size = stages[2].shape[-2:]  # stride 16
         return self.fuse(torch.cat([F.interpolate(s, size, mode="bilinear", align_corners=False) for s in stages], 1))

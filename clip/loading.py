@@ -24,7 +24,7 @@ MODELS = {  # name: (sha256 of the file, file name)
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGS = ("open_clip_config.json", "config.json")
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).resolve().parent.parent
 
 
 def load(name_or_path):

@@ -117,13 +117,13 @@ def peak_mb(device, others=0):
 
 
 def drawn(folder, classes):
-    """Own data: 64 times one drawn 640×480 image, a JPEG and a PNG mask. No class is unseen."""
+    """Own data: one drawn 640×480 image, a JPEG and a PNG mask. No class is unseen."""
     rng = np.random.RandomState(0)
     image, mask = rng.randint(256, size=(15, 20, 3)), rng.randint(classes, size=(12, 16))
     for values, how, file in ((image, Image.BICUBIC, "images/drawn.jpg"), (mask, Image.NEAREST, "masks/drawn.png")):
         (folder / file).parent.mkdir(parents=True)
         Image.fromarray(values.astype(np.uint8)).resize((640, 480), how).save(folder / file)
-    (folder / "train.txt").write_text("drawn\n" * 64)
+    (folder / "train.txt").write_text("drawn\n")
     (folder / "val.txt").write_text("drawn\n")
     (folder / "classes.txt").write_text("".join(f"class {k}\n" for k in range(classes)))
     return str(folder)
@@ -161,7 +161,7 @@ def testing(nets, recipe, args, device):
     n, nothing = evaluate.PICTURES[device.type], torch.zeros(1, args.classes, device=device)
     image = torch.from_numpy(np.random.RandomState(0).randint(256, size=(3, *args.image)).astype(np.uint8))
     times, peaks = {name: [] for name in nets}, {}
-    with torch.inference_mode(), processes.autocast(device, args.precision):  # weights are cast once
+    with torch.inference_mode(), processes.autocast(device, args.precision):
         for name, net in (args.repeats + 1) * [*nets.items()]:
             others, start = held(device) - sum(p.nbytes for p in net.parameters()), now(device)
             windows.label(net.logits, n * [image], recipe.short_side, recipe.window, recipe.stride, nothing)

@@ -58,8 +58,8 @@ def check(source, full=False):
         print(*remarks, *faults, sep="\n", flush=True)
         raise DataError(f"{source.name}: {len(faults)} kinds of faults, each named above")
     if not full and max(len(source.train), len(source.val)) > QUICK:
-        remarks.append(f"looked at up to {QUICK} images of each part: `python data.py --dataset {source.name}` reads "
-                       "all")
+        remarks.append(f"looked at up to {QUICK} images of each part: `python data.py --dataset {source.name}` (and "
+                       "--data-root, if you gave it) reads all")
     shown = {k for _, labels in samples for k in labels.unique().tolist()}
     names = {k: name[:24] + " *" * (k in source.unseen) for k, name in enumerate(source.classes) if k in shown}
     rows = [[image, pictures.coloured(labels)] for image, labels in samples]

@@ -58,13 +58,18 @@ def read_lines(path, classes=False):
     # composed, as CLIP reads them: macOS writes é as two characters
     lines = [unicodedata.normalize("NFC", line.strip()) for line in re.split("\r\n|\r|\n", text.rstrip())]
     if classes:
-        lines = [re.sub("[\u00a0\u3000]", " ", line) for line in lines]  # spaces as word processors write them
+        lines = [plain_spaces(line) for line in lines]
     for n, line in enumerate(lines if classes else [], 1):
         counted = re.match(rf"0*({n - 1}|{n})\b", line)
         if not line or counted or len(line) > LONGEST or not line.isprintable() or NO_CLASS.match(line):
             raise DataError(f"line {n} of {path} is {short(line)}: expected one name a line in UTF-8, without numbers, "
                             f"quotes, comments, tabs or empty lines, at most {LONGEST:,} characters")
     return list(filter(None, lines))
+
+
+def plain_spaces(line):
+    """Spaces as word processors write them -> a space."""
+    return re.sub("[\u00a0\u3000]", " ", line)
 
 
 def list_files(folder, suffixes):

@@ -4,7 +4,7 @@
     root/train.txt  root/val.txt (a NAME a line)    root/classes.txt  root/unseen.txt (class names a line)
 """
 from sources.dataset import PROTOCOL, DataSource, Recipe
-from sources.files import IMAGES, INVALID, MASKS, DataError, list_files, pair_up, read_lines, short
+from sources.files import IMAGES, INVALID, MASKS, DataError, list_files, pair_up, plain_spaces, read_lines, short
 
 FOLDER = Recipe(steps=20000)  # OURS: as VOC
 TEMPLATES = tuple(PROTOCOL["coco-stuff"]["templates"])
@@ -15,7 +15,7 @@ def open_folder(root, name, templates=TEMPLATES, recipe=FOLDER):
     if len(classes) > INVALID:
         raise DataError(f"{root}/classes.txt has {len(classes)} lines, expected one for each class, {INVALID} at most "
                         "(masks have 8 bits)")
-    unseen = read_lines(root / "unseen.txt") if (root / "unseen.txt").exists() else []
+    unseen = [*map(plain_spaces, read_lines(root / "unseen.txt"))] if (root / "unseen.txt").exists() else []
     if unknown := [c for c in unseen if c not in classes]:
         raise DataError(f"{root}/unseen.txt names {short(unknown[0])}, which is not a line of classes.txt: copy the "
                         "whole line from there, synonyms included")

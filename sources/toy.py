@@ -17,7 +17,7 @@ def open_toy(root, name):
             world.write(root)
     source = open_folder(root, name, world.TEMPLATES, TOY)
     if source.classes != world.CLASSES:
-        raise DataError(f"{root} was not drawn by this version: delete it, and `python -m toy.world --root {root}` "
-                        f"draws it again; to train on it as it is, use --dataset {root}")
+        raise DataError(f"{root} was not drawn by this version: delete it, and `python -m toy.world --root {root} "
+                        f"--seed N` draws world N again (data/toy is 0); to train on it as it is, use --dataset {root}")
     source.demo = (root / "demo.png", (*world.DEMO, *world.GROUNDS))
     return source

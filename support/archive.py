@@ -73,9 +73,10 @@ def check_sha256(path, sha256):
     wanted = sha256 or name and (name[1] or name[2]) or ""
     found = file_sha256(path) if wanted and not wanted.isdecimal() else wanted  # eight decimal digits are a date
     if not found.startswith(wanted):
-        rename = "" if sha256 else ". If the digits in its name mean another thing, rename it"
+        mend = ("Delete it, then it is fetched again" if sha256 else
+                "Delete it and fetch it again. If the digits in its name mean another thing, rename it")
         raise ArchiveError(f"{path} is damaged or another file: its sha256 begins with {found[:8]}, the published "
-                           f"one's with {wanted[:8]}. Delete it, then it is fetched again{rename}")
+                           f"one's with {wanted[:8]}. {mend}")
 
 
 def read_archive(path):

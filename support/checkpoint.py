@@ -130,13 +130,15 @@ def _open_run(out, name, config, may_change, again):
         out = newest_like(name, config, may_change) if again else new_folder(name)
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    if not again and (out / "config.json").exists():
+    if not again and any((out / name).exists() for name in ("config.json", "last.pt")):
         raise CheckpointError(f"{out} holds a run: --resume continues it, another --out-dir starts a new one")
     for partial in out.glob(".partial.*"):  # of processes that were killed in `atomic`
         partial.unlink(missing_ok=True)
     saved, remarks = None, ["resume  nothing was saved there yet: the run starts at step 0"] if again else []
     if again and (out / "last.pt").exists():
         saved = read_checkpoint(out / "last.pt")
+        departures = [saved["config"].get("departures", ""), config["departures"]]  # what it had, it keeps
+        config["departures"] = ", ".join(dict.fromkeys(filter(None, ", ".join(departures).split(", "))))
         refused, remarks = differences(saved["config"], config, may_change)
         if refused:
             raise CheckpointError(f"{out} cannot be resumed with other settings: {', '.join(refused)}. Use the old "
@@ -178,7 +180,10 @@ def newest_like(name, config, may_change):
 
 
 def differences(was, now, may_change):
-    """Two configs -> what forbids to go on, and what does not, in words."""
+    """Two configs -> what forbids to go on, and what does not, in words. A setting inside of another has its own."""
+    was, now = ({key: value for outer, inner in config.items() for key, value in
+                 (inner.items() if isinstance(inner, dict) and outer not in may_change else [(outer, inner)])}
+                for config in (was, now))
     words = {key: f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}" for key in now
              if was.get(key) != now[key]}
     return ([text for key, text in words.items() if key not in may_change],

@@ -86,4 +86,4 @@ def check_finite(numbers, step, saved, norm):
     parts = ", ".join(f"{name} {numbers[name]:.4g}" for name in numbers if name != "clipped")
     raise UserError(f"not finite at step {step}: {parts}; nothing of it is saved. " + (
         f"--resume continues from step {saved}; try a lower --lr" if saved is not None else
-        "Nothing was saved before: start anew, and try a lower --lr"))
+        "Nothing was saved before: --resume starts at step 0; try a lower --lr"))

@@ -37,7 +37,7 @@ def start(name=None):
                             "(CUDA_VISIBLE_DEVICES)")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
             raise UserError(f"WORLD_SIZE is set in the environment, {max(missing)} is not: start with torchrun, which "
                             "sets both, or unset WORLD_SIZE")
@@ -76,7 +76,7 @@ def loader_workers():
 
 
 def provenance(device):
-    """What computes here: the code's commit (None outside a clone of it), versions, the card."""
+    """What computes here: the code's commit (None outside of git), versions, the card."""
     describe = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     try:
         done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)

@@ -176,18 +176,22 @@ def test_departures_from_a_benchmark_are_said_and_tests_have_the_crops_size(tiny
     monkeypatch.setattr(windows, "label", lambda f, images, *test: seen.add(test[:3]) or label(f, images, *test))
     monkeypatch.setattr(clip.VisionTransformer, "cls_and_patches",
                         lambda self, x: seen.add(x.shape) or encode(self, x))
-    text = done(train, "--dataset", "voc", "--data-root", tree, "--clip", tiny_clip_file, "--body", "small", "--crop",
-                32, *SHORT, "--steps", 2, "--strict", "--out-dir", out)
+    flags = ["--dataset", "voc", "--data-root", tree, "--clip", tiny_clip_file, "--body", "small", "--crop", 32, *SHORT,
+             "--steps", 2, "--strict", "--out-dir", out]
+    text = done(train, *flags, "--lr", 1e-3)
     said = "steps 2 instead of 20000, batch size 6 instead of 16, crop 32 instead of 512, " \
-        "images with unseen classes left out"
+        "lr 0.001 instead of 0.0002, images with unseen classes left out"
     assert text.index(f"\nnot the benchmark's protocol: {said}\n") < text.index("\ndata  ")
     assert "strict: 4 of 12 training images are left out" in text and "voc: 8 training images, 1 test images" in text
     assert read(out / "metrics.json")["departures"] == said
     assert seen == {(6, 3, 64, 64), (32, 32, 27)}  # the teacher's views; of the test: short side, window, stride
     text = done(evaluate, "--run", out, "--short-side", 16, "--unseen-only", "--save-predictions", tmp_path / "maps")
-    result = read(out / "metrics.json")
+    assert read(out / "metrics.json")["departures"] == said  # the run's own
+    result = read(out / "short_side_16/metrics.json")
     assert (16, 32, 27) in seen and result["departures"] == f"{said}, test short side 16" and "unseen_only" in result
     assert "labelled with these only: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
+    done(train, *flags, "--resume")  # at another rate from here on: what was departed from stays in the record
+    assert read(out / "metrics.json")["departures"] == said
 
 
 def test_a_bodys_own_rate_comes_after_lr_and_is_no_departure(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_synonyms_others_gamma_and_threshold(run, photo):
     assert 0.2 < (ask("sofa|couch, cat", threshold=middle)[0] != 255).float().mean() < 0.8
     both = [ask("tv monitor, brick wall", gamma=gamma, threshold=-0.99)[0] for gamma in (0.0, 500.0)]
     assert torch.equal(*both) and (both[0] != 255).all()  # γ lowers both names' logits, not the cosine that is asked
-    for wrong in ("", "cat, cat", ["|", "_"], [f"thing {i}" for i in range(254)]):
+    for wrong in ("", "cat, Cat", "sofa|couch, couch", ["|", "_"], [f"thing {i}" for i in range(254)]):
         with pytest.raises(UserError, match="different ones: expected 1 to 253"):
             ask(wrong)
     for wrong in ({"threshold": 30}, {"gamma": float("nan")}, {"short_side": 0}):
@@ -192,6 +192,7 @@ def test_the_command_writes_three_files_and_skips_what_is_no_picture(run, photo,
     assert np.array_equal(np.array(mask.convert("RGB")), pictures.coloured(labels).permute(1, 2, 0))
     assert found["picture"] == str(folder / "a.jpg") and (found["width"], found["height"]) == (80, 70)
     assert list(found["classes"]) == ["cat", "café"] and found["none"] == 0
+    assert predict.write(read_image(photo), labels * 0, ["none", "cat"], tmp_path, "x", {})["none"] == 1
     for k, share in enumerate(found["classes"].values()):
         assert share == pytest.approx((labels == k).float().mean().item())
 

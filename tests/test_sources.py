@@ -95,7 +95,8 @@ def test_each_part_may_lie_in_two_places_and_a_missing_one_shows_the_tree(name, 
 def test_lists_as_people_have_them(tmp_path):
     """From Windows or a Mac, with suffixes, empty lines and repeats; file names are composed, as macOS unpacks zips."""
     decomposed = unicodedata.normalize("NFD", "é")
-    root = own_data(tmp_path / "own", unseen=["dog, puppy"], classes=("caf" + decomposed, "dog, puppy", "cat"))
+    root = own_data(tmp_path / "own", unseen=["dog,\u00a0puppy"],
+                    classes=("caf" + decomposed, "dog,\u00a0puppy", "cat"))
     for folder, suffix in (("images", "jpg"), ("masks", "png")):
         (root / f"{folder}/b.{suffix}").rename(root / f"{folder}/{decomposed}.{suffix}")
     (root / "train.txt").write_text("\n a.jpg \n\né.PNG\na\na.png\n" + decomposed)

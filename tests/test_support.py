@@ -189,6 +189,7 @@ def test_resume_is_exact_says_what_may_change_and_refuses_the_rest(out, flags, o
 
     saved, before = load(out / "last.pt"), files()
     assert "cannot be resumed with other settings: seed was 0, is 1. Use" in resume("--seed", 1)
+    assert "other settings: frozen_blocks was 1, is 2. Use" in resume("--frozen-blocks", 2)
     assert files() == before  # a refused run has touched nothing
 
     other = shutil.copytree(out, out.parent / "other")
@@ -218,6 +219,10 @@ def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch)
     assert "none of the 3 runs runs/own… has these settings; the newest differs in seed was 0, is 7" in run(
         "--resume", "--seed", 7)
     assert "runs/own holds a run: --resume continues it" in run("--out-dir", "runs/own")
+    shutil.copytree("runs/own", "moved", ignore=lambda *_: ["config.json"])
+    assert "moved holds a run: --resume continues it" in run("--out-dir", "moved")
+    assert "9 frozen blocks asked for" in run("--head", "linear", "--frozen-blocks", 9, "--out-dir", "none")
+    assert not (tmp_path / "none").exists()  # a run that cannot start leaves no folder
     assert run("--out-dir", "x/y", "--resume") == run("--out-dir", "x/y", "--resume") == "x/y"  # the first starts it
     for text in ("{", "[]", "{}"):  # of a run that somebody edited
         (tmp_path / "runs/own-3/config.json").write_text(text)
@@ -235,7 +240,7 @@ def test_each_new_run_has_a_folder_of_its_own(flags, own, tmp_path, monkeypatch)
     assert run("--out-dir", "x/y", "--resume") == "x/y" and before == (tmp_path / "x/y/last.pt").read_bytes()
 
 
-@pytest.mark.parametrize("at, words", [(0, "Nothing was saved before: start anew"),
+@pytest.mark.parametrize("at, words", [(0, "Nothing was saved before: --resume starts at step 0"),
                                        (3, "--resume continues from step 2")])
 def test_a_step_that_is_not_finite_is_not_saved(at, words, flags, whole, tmp_path, monkeypatch):
     """And what was saved before goes on as if nothing had been."""

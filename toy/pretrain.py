@@ -250,7 +250,8 @@ def main(args):
     torch.manual_seed(args.seed)
     file = args.out / "pretrained.json"
     record = json.loads(file.read_text()) if file.exists() else {}
-    record |= {"command": f"python -m toy.pretrain --seed {args.seed}", "torch": torch.__version__,
+    only = f" --only {args.only}" if args.only else ""  # the body's weights follow from CLIP's draws
+    record |= {"command": f"python -m toy.pretrain --seed {args.seed}{only}", "torch": torch.__version__,
                "precision": precision, "threads": torch.get_num_threads()}
     if args.only != "body":
         record["clip.pt"] = write(train_clip(args.seed, precision), args.out / "clip.pt")
