@@ -239,7 +239,8 @@ def downloads(folder, tiny):
 
     clip.CACHE, loading.MODELS["ViT-B/32"] = folder / "cache", (clip.file_sha256(tiny), "tiny.pt")
     torch.hub.download_url_to_file, torch.hub.get_dir, archive.check_sha256 = fetch, lambda: folder, lambda *_: None
-    processes.start("cpu")
+    for _ in range(2):  # predict.py starts at each picture
+        processes.start("cpu")
     clip.load("ViT-B/32")
     bodies.build_body("mobilenet-v2")
 
