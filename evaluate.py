@@ -28,7 +28,7 @@ from support.command import run_command
 from support.progress import Progress
 
 UNSEEN_ALONE = 1e9  # as γ: no seen class can win
-PICTURES = {"cpu": 1, "cuda": 8}  # whose windows are seen together; the loader has more of them ready
+PICTURES = {"cpu": 1, "cuda": 8}  # whose windows are seen together
 FIGURES = {"pAcc": "pAcc", "mIoU_seen": "mIoU seen", "mIoU_unseen": "mIoU unseen", "hIoU": "hIoU"}
 
 
@@ -66,7 +66,8 @@ def metrics(matrix, classes, unseen):
 def evaluate(model, source, device, precision, gamma=None, unseen_only=False, predictions=None, workers=None):
     """Scores `model` on the source's test images; several processes take a part each, without repeats.
 
-    -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names}; leaves the model in eval mode.
+    -> {"gamma_0": metrics, "images": their number, "dataset", "unseen": names, "short_side"}; leaves the model in eval
+    mode.
     gamma        adds "calibrated": metrics with γ subtracted from the seen classes' logits. FIELD: some code subtracts
                  0.1 from seen sigmoid scores; compare scores at γ = 0
     unseen_only  adds "unseen_only": {"pAcc", "mIoU", "IoU"} of the unseen classes' pixels, labelled with unseen
@@ -108,7 +109,7 @@ def evaluate(model, source, device, precision, gamma=None, unseen_only=False, pr
         dist.all_reduce(matrices)
     unseen = sorted(source.unseen)
     names = [source.classes[k] for k in unseen]
-    result = {"images": len(source.val), "dataset": source.name, "unseen": names,
+    result = {"images": len(source.val), "dataset": source.name, "unseen": names, "short_side": recipe.short_side,
               "gamma_0": metrics(matrices[0], source.classes, source.unseen)}
     if gamma is not None:
         result["calibrated"] = metrics(matrices[1], source.classes, source.unseen) | {"gamma": gamma}
@@ -252,9 +253,10 @@ def main(args):
         if source.classes != config["classes"]:
             print(f"{len(source.unseen)} of {len(source.classes)} classes are unseen: training named no word of them",
                   flush=True)
-        # leaves the run's own figures alone
-        inside = Path(other).resolve().name if other else f"short_side_{args.short_side}" if resized else "."
-        report(result, model, source, device, precision, args.out_dir or checkpoint.parent / inside)
+        inside = [Path(other).resolve().name] if other else []
+        inside += [f"short_side_{args.short_side}"] * resized
+        out = args.out_dir or checkpoint.parent.joinpath(*inside)  # leaves the run's own figures alone
+        report(result, model, source, device, precision, out)
     return result
 
 

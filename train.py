@@ -110,7 +110,8 @@ def main(args):
     if state:
         first, bank = checkpoint.restore(state, model, optimizer, scaler)
     log = Log(out, args.steps)
-    log.opening(args, source, model, [*remarks, *filter(None, [teacher.remark]), *resumed], device, data_picture)
+    log.opening(args, source, model, [*remarks, *filter(None, [teacher.remark]), *resumed], config["departures"],
+                device, data_picture)
 
     # ---- the loop; then the test: all classes, seen and unseen
     order = data.Steps(len(source.train), args.batch_size, first, args.steps, args.seed, processes.rank(),

@@ -139,7 +139,7 @@ def _open_run(out, name, config, may_change, again):
         saved = read_checkpoint(out / "last.pt")
         departures = [saved["config"].get("departures", ""), config["departures"]]  # what it had, it keeps
         config["departures"] = ", ".join(dict.fromkeys(filter(None, ", ".join(departures).split(", "))))
-        refused, remarks = differences(saved["config"], config, may_change)
+        refused, remarks = differences(saved["config"] | {"departures": config["departures"]}, config, may_change)
         if refused:
             raise CheckpointError(f"{out} cannot be resumed with other settings: {', '.join(refused)}. Use the old "
                                   "ones, or start a new run without --resume")

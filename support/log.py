@@ -28,7 +28,7 @@ class Log:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({**line, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
-    def opening(self, args, source, model, remarks, device, data_picture):
+    def opening(self, args, source, model, remarks, departures, device, data_picture):
         """The first lines; what the data check saw goes into data.png."""
         if self.silent:
             return
@@ -36,8 +36,8 @@ class Log:
         names = [source.classes[k].split(",")[0] for k in sorted(source.unseen)]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
-        if args.departures:
-            remarks = [*remarks, f"not the benchmark's protocol: {args.departures}"]
+        if departures:
+            remarks = [*remarks, f"not the benchmark's protocol: {departures}"]
         self.say(*remarks,
                  f"data    {source.name}: {len(source.train)} training images, {len(source.val)} test images",
                  f"classes {len(source.seen)} seen, {len(names)} unseen{': ' * bool(names)}{', '.join(names[:6])}"

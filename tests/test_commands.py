@@ -80,8 +80,8 @@ def test_a_run_leaves_its_files_and_says_what_it_does(run):
         assert line["loss"] == pytest.approx(line["seg"] + line["sgd"] + 0.3 * line["sam"], abs=1e-5)
         assert line["sgd_chance"] == pytest.approx(np.log(candidates))
         assert 0 <= line["clipped"] <= 1 and line["norm"] > 0
-    assert result.keys() == {"gamma_0", "dataset", "images", "checkpoint", "unseen", "precision", "departures",
-                             "commit", "torch", "torchvision", "device"}
+    assert result.keys() == {"gamma_0", "dataset", "images", "checkpoint", "unseen", "short_side", "precision",
+                             "departures", "commit", "torch", "torchvision", "device"}
     assert list(result["gamma_0"]["IoU"]) == world.CLASSES and result["images"] == 5
     assert lines[2]["hIoU"] == result["gamma_0"]["hIoU"] and Image.open(out / "preview.png").size[0] == 6 * 128 + 5 * 6
     assert all(re.search(rf"^{name} ( |\*)", text, re.M) for name in world.CLASSES)
@@ -190,8 +190,13 @@ def test_departures_from_a_benchmark_are_said_and_tests_have_the_crops_size(tiny
     result = read(out / "short_side_16/metrics.json")
     assert (16, 32, 27) in seen and result["departures"] == f"{said}, test short side 16" and "unseen_only" in result
     assert "labelled with these only: mIoU" in text and len(list((tmp_path / "maps").iterdir())) == 1
-    done(train, *flags, "--resume")  # at another rate from here on: what was departed from stays in the record
+    text = done(train, *flags, "--resume")  # at another rate from here on: what was departed from stays in the record
+    assert text.count(f"\nnot the benchmark's protocol: {said}\n") == 2
     assert read(out / "metrics.json")["departures"] == said
+    done(evaluate, "--run", out, "--short-side", 32, "--gamma", 1)  # the run's own size: into the run's own file
+    assert read(out / "metrics.json")["departures"] == said and "calibrated" in read(out / "metrics.json")
+    done(evaluate, "--run", out, "--short-side", 16, "--data-root", tree)
+    assert read(out / "voc/short_side_16/metrics.json")["short_side"] == 16
 
 
 def test_a_bodys_own_rate_comes_after_lr_and_is_no_departure(tmp_path, monkeypatch):

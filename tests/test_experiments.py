@@ -98,9 +98,12 @@ def test_published_tables_are_those_of_the_lines():
     lines = [entry for entry in every if entry["commit"] == every[-1]["commit"]]
     assert f" -->\n{study.table(lines, study.README_ROWS)}\n<!-- end -->" in study.README.read_text()
     assert study.REPORT.read_text().endswith(study.report(lines, len(every) - len(lines)))
-    for score in ("seen", "unseen"):  # what README says of SAM
-        middle, half = study.gain(lines, "seg-sgd", score)
-        assert f"{score} {middle:+.1f} [{middle - half:.1f}, {middle + half:.1f}]" in study.README.read_text()
+    for row, score, page in (("seg-sgd", "seen", study.README), ("seg-sgd", "unseen", study.README),  # in sentences
+                             ("all-k", "unseen", study.README), ("all-k", "unseen", study.REPORT),
+                             ("low-k", "seen", study.REPORT)):
+        middle, half = study.gain(lines, row, score)
+        assert re.search(rf"{score} \(?{re.escape(f'{middle:+.1f} [{middle - half:.1f}, {middle + half:.1f}]')}",
+                         page.read_text()), (row, score)
 
 
 def test_the_table_of_the_search_is_that_of_the_lines():

@@ -145,7 +145,8 @@ def test_synonyms_others_gamma_and_threshold(run, photo):
     assert 0.2 < (ask("sofa|couch, cat", threshold=middle)[0] != 255).float().mean() < 0.8
     both = [ask("tv monitor, brick wall", gamma=gamma, threshold=-0.99)[0] for gamma in (0.0, 500.0)]
     assert torch.equal(*both) and (both[0] != 255).all()  # γ lowers both names' logits, not the cosine that is asked
-    for wrong in ("", "cat, Cat", "sofa|couch, couch", ["|", "_"], [f"thing {i}" for i in range(254)]):
+    for wrong in ("", "cat, Cat", "sofa|couch, couch", "a_b, A b", ["sofa, couch", "sofa, bed"], ["|", "_"],
+                  [f"thing {i}" for i in range(254)]):
         with pytest.raises(UserError, match="different ones: expected 1 to 253"):
             ask(wrong)
     for wrong in ({"threshold": 30}, {"gamma": float("nan")}, {"short_side": 0}):

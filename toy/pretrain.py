@@ -250,15 +250,16 @@ def main(args):
     torch.manual_seed(args.seed)
     file = args.out / "pretrained.json"
     record = json.loads(file.read_text()) if file.exists() else {}
-    only = f" --only {args.only}" if args.only else ""  # the body's weights follow from CLIP's draws
-    record |= {"command": f"python -m toy.pretrain --seed {args.seed}{only}", "torch": torch.__version__,
-               "precision": precision, "threads": torch.get_num_threads()}
+    record |= {"torch": torch.__version__, "precision": precision, "threads": torch.get_num_threads()}
+    # of each file, as the body that is trained after CLIP is another than the one trained alone
+    command = f"python -m toy.pretrain --seed {args.seed}" + f" --only {args.only}" * bool(args.only)
     if args.only != "body":
+        record["command of clip.pt"] = command
         record["clip.pt"] = write(train_clip(args.seed, precision), args.out / "clip.pt")
         record["top1 of clip.pt"] = zero_shot(clip.load(args.out / "clip.pt"), args.seed)
         record["seconds of clip.pt"] = round(time.time() - start)
     if args.only != "clip":
-        start = time.time()
+        start, record["command of body.pt"] = time.time(), command
         body, top1 = train_body(args.seed, precision)
         record |= {"body.pt": write(body, args.out / "body.pt"), "top1 of body.pt": top1}
         record["seconds of body.pt"] = round(time.time() - start)
