@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from evaluate import UNSEEN_ALONE, load_run, open_run_dataset, trained_on
 from losses import IGNORE
+from model import prompts
 from sources import INVALID, DataError
 from sources.files import read_image, rgb
 from support import UserError, pictures, processes, windows
@@ -88,7 +89,7 @@ def split(classes):
     parts = re.split("[,，、]", classes) if isinstance(classes, str) else classes
     words = [[" ".join(word.split()) for word in re.split("[|｜]", part) if word.strip(" ,_")] for part in parts]
     names = [",".join(some) for some in words if some]
-    once = [{" ".join(word.lower().replace("_", " ").split()) for word in name.split(",")} - {""} for name in names]
+    once = [{word.lower() for word in prompts(name, ["{}"])} for name in names]  # as CLIP reads them
     total, different = sum(map(len, once)), len(set().union(*once))
     if not 0 < len(names) < INVALID or different < total:
         raise UserError(f"{len(names)} classes with {total} names, {different} different ones: expected 1 to "

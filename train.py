@@ -103,7 +103,7 @@ def main(args):
 
     start_adapter(model.head.adapter, teacher, trainset, args.frozen_blocks, device)
 
-    # ---- the run's folder; with --resume its last checkpoint
+    # ---- the run's folder, made when nothing else can fail; with --resume its last checkpoint
     config, name = run_config(args, source, teacher, device), Path(args.dataset).resolve().name
     out, state, resumed = checkpoint.open_run(args.out_dir, name, config, MAY_CHANGE, args.resume)
     first, bank = 0, torch.empty(0, model.t.shape[1])  # (M, D), CLS embeddings of earlier images

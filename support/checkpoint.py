@@ -121,7 +121,8 @@ def open_run(out, name, config, may_change, again):
     out    --out-dir: a new folder, or with `again` (--resume) a run's or a new one. None: a new folder runs/NAME,
            runs/NAME-2, … or with `again` the newest run of this name and these settings
     All processes call it; only the first needs the folder and reads and writes in it. The folder is locked until that
-    process ends. Call it when nothing else can fail. Raises CheckpointError."""
+    process ends. Call it when nothing else can fail. What the steps before departed from is added to config's
+    departures. Raises CheckpointError."""
     return from_first(lambda: _open_run(out, name, config, may_change, again))
 
 
@@ -137,7 +138,7 @@ def _open_run(out, name, config, may_change, again):
     saved, remarks = None, ["resume  nothing was saved there yet: the run starts at step 0"] if again else []
     if again and (out / "last.pt").exists():
         saved = read_checkpoint(out / "last.pt")
-        departures = [saved["config"].get("departures", ""), config["departures"]]  # what it had, it keeps
+        departures = [saved["config"].get("departures", ""), config["departures"]]
         config["departures"] = ", ".join(dict.fromkeys(filter(None, ", ".join(departures).split(", "))))
         refused, remarks = differences(saved["config"] | {"departures": config["departures"]}, config, may_change)
         if refused:
@@ -180,14 +181,20 @@ def newest_like(name, config, may_change):
 
 
 def differences(was, now, may_change):
-    """Two configs -> what forbids to go on, and what does not, in words. A setting inside of another has its own."""
-    was, now = ({key: value for outer, inner in config.items() for key, value in
-                 (inner.items() if isinstance(inner, dict) and outer not in may_change else [(outer, inner)])}
-                for config in (was, now))
+    """Two configs -> what forbids to go on, and what does not, in words."""
+    was, now = flat(was, may_change), flat(now, may_change)
     words = {key: f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}" for key in now
              if was.get(key) != now[key]}
     return ([text for key, text in words.items() if key not in may_change],
             [text for key, text in words.items() if key in may_change])
+
+
+def flat(config, whole):
+    """{"model": {"head": x}} -> {"head": x}, but for the keys in `whole`."""
+    found = {}
+    for key, value in config.items():
+        found |= value if isinstance(value, dict) and key not in whole else {key: value}
+    return found
 
 
 def lock(folder):
